@@ -120,7 +120,7 @@ REQUESTS: dict[Op, tuple[str, ...]] = {
     Op.READ: (*_OBJ, "Q", "I"),  # offset, size
     Op.WRITE: (*_OBJ, "Q", "I", "v"),  # offset, WriteFlag, data
     Op.FSYNC: (*_OBJ, "I"),  # datasync
-    Op.READDIR: (*_OBJ, "I"),  # 1: with attributes
+    Op.READDIR: (*_OBJ, "v", "I"),  # name to go on behind, entries at most
     Op.STATFS: (),
     Op.SETXATTR: (*_OBJ, "v", "v", "I"),  # name, value, XATTR_CREATE / XATTR_REPLACE
     Op.GETXATTR: (*_OBJ, "v"),
@@ -146,7 +146,7 @@ REPLIES: dict[Op, tuple[str, ...]] = {
     Op.READ: ("v",),
     Op.WRITE: ("Q", "I"),  # offset it was placed at, bytes written
     Op.FSYNC: (),
-    Op.READDIR: ("v",),  # pack_entries
+    Op.READDIR: ("I", "v"),  # 1: that was all; pack_entries
     Op.STATFS: ("Q",) * 9,
     Op.SETXATTR: (),
     Op.GETXATTR: ("v",),
@@ -281,7 +281,7 @@ def unpack_reply(op: Op, payload: bytes | memoryview) -> tuple[int, list[Grant],
 
 
 class Entry(NamedTuple):
-    """A directory entry with the attributes of its object (``attr.gen`` 0 where they were not asked for)."""
+    """A directory entry with the attributes of its object."""
 
     name: bytes
     attr: Attr

@@ -124,8 +124,8 @@ def renameat2(old_dir: int, old: bytes, new_dir: int, new: bytes, flags: int) ->
 def keep_caps_across_fsuid() -> None:
     """Let setfsuid keep this thread's capabilities (SECBIT_NO_SETUID_FIXUP).
 
-    The kernel of the node where the caller runs has checked permissions (default_permissions); here the ids only decide who
-    owns what is created.
+    The kernel of the node where the caller runs has checked permissions (default_permissions); here the ids only
+    decide who owns what is created.
     """
     _check(_libc.prctl(_PR_SET_SECUREBITS, _SECBIT_NO_SETUID_FIXUP, 0, 0, 0), "prctl(PR_SET_SECUREBITS)")
 
