@@ -1,0 +1,225 @@
+"""Mount options: the ``-o`` string of mount(8) parsed into one frozen record.
+
+Three kinds of option meet here: MXFS's own, those of the kernel's VFS that are handed on to the FUSE mount
+(mount(8), "FILESYSTEM-INDEPENDENT MOUNT OPTIONS"), and those that only mount(8), fstab(5) or systemd read, which
+are accepted and dropped. Imported by ``mount.mxfs`` before the daemon runs, so this module imports little.
+"""
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NoReturn
+
+from mxfs_proto.errors import MisuseError
+
+if TYPE_CHECKING:
+    from ipaddress import IPv4Address, IPv6Address
+
+DEFAULT_RUN_ROOT = "/run/mxfs"
+RUN_ROOT_ENV = "MXFS_RUN_ROOT"
+TIMEOUT_NAMES = ("fast", "default", "patient")
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+_OWN = ("iface", "port", "multicast", "broadcast", "peer", "timeouts", "node", "state", "log")
+
+_KERNEL_FLAGS = {
+    "nodev": ("nodev", "dev"),
+    "nosuid": ("nosuid", "suid"),
+    "noexec": ("noexec", "exec"),
+    "noatime": ("noatime", "atime"),
+    "nodiratime": ("nodiratime", "diratime"),
+    "relatime": ("relatime", "norelatime"),
+    "strictatime": ("strictatime", "nostrictatime"),
+    "sync": ("sync", "async"),
+    "dirsync": ("dirsync", ""),
+    "lazytime": ("lazytime", "nolazytime"),
+}
+"""Option handed on to the kernel: itself, and the word that takes it back."""
+
+_TAKES_BACK = {off: on for on, (_, off) in _KERNEL_FLAGS.items() if off}
+
+_DROPPED = frozenset(
+    (
+        "defaults",
+        "auto",
+        "noauto",
+        "user",
+        "nouser",
+        "users",
+        "nousers",
+        "owner",
+        "noowner",
+        "group",
+        "nogroup",
+        "_netdev",
+        "nofail",
+        "silent",
+        "loud",
+        "iversion",
+        "noiversion",
+        "mand",
+        "nomand",
+        "comment",
+    )
+)
+"""Accepted and not acted on: they speak to mount(8), fstab(5) or systemd, or are the default."""
+
+_IFACE_MAX = 15  # IFNAMSIZ - 1, <linux/if.h>
+_NODE_NAME_MAX = 64  # bytes of a slot's name field
+
+
+@dataclass(frozen=True, slots=True)
+class MountOptions:
+    """What ``-o`` asked for; every field has the value that an empty option string gives."""
+
+    read_only: bool = False
+    iface: str | None = None
+    port: int | None = None
+    multicast: str | None = None
+    broadcast: str | None = None
+    peers: tuple[str, ...] = ()
+    timeouts: str = "default"
+    node: str | None = None
+    state: str | None = None
+    log: str = "info"
+    kernel: tuple[str, ...] = ()
+
+    @property
+    def run_root(self) -> str:
+        """The folder that holds one run directory a volume: ``state=``, else MXFS_RUN_ROOT, else /run/mxfs."""
+        return self.state or os.environ.get(RUN_ROOT_ENV) or DEFAULT_RUN_ROOT
+
+    def run_dir(self, volume_uuid: str) -> str:
+        """The run directory of the volume with that uuid (lower-case text form)."""
+        return os.path.join(self.run_root, volume_uuid)
+
+    def to_string(self) -> str:
+        """Return an option string that parses to this record again."""
+        words = ["ro" if self.read_only else "rw"]
+        for name, value in (
+            ("iface", self.iface),
+            ("port", self.port),
+            ("multicast", self.multicast),
+            ("broadcast", self.broadcast),
+            ("node", self.node),
+            ("state", self.state),
+        ):
+            if value is not None:
+                words.append(f"{name}={value}")
+        words.extend(f"peer={peer}" for peer in self.peers)
+        words.append(f"timeouts={self.timeouts}")
+        words.append(f"log={self.log}")
+        words.extend(self.kernel)
+        return ",".join(words)
+
+
+def known_options() -> str:
+    """Return the options of our own, for messages."""
+    return "ro, rw, " + ", ".join(f"{name}=" for name in _OWN)
+
+
+def parse(text: str, *, sloppy: bool = False) -> MountOptions:
+    """Parse the argument of ``-o``. As in mount(8), a later option overrides an earlier one.
+
+    With *sloppy* (mount -s) unknown options are ignored. Raises MisuseError with a one-line message that names
+    the option at fault.
+    """
+    values: dict[str, str] = {}
+    peers: list[str] = []
+    kernel: dict[str, None] = {}
+    read_only = False
+    last = ""
+    for word in (part.strip() for part in text.split(",")):
+        name, equals, value = word.partition("=")
+        if name in ("ro", "rw") and not equals:
+            read_only = name == "ro"
+        elif name in _OWN:
+            if not value:
+                _refuse(f"option {name} needs a value: {name}=VALUE")
+            if name == "peer":
+                peers.append(value)
+            values[name] = value
+        elif last == "peer" and not equals and _is_address(word):
+            # peer=A,B: mount(8) joins options with commas too, so the second address comes as a word of its own.
+            peers.append(word)
+            continue
+        elif name in _KERNEL_FLAGS and not equals:
+            kernel[name] = None
+        elif name in _TAKES_BACK and not equals:
+            kernel.pop(_TAKES_BACK[name], None)
+        elif word and name not in _DROPPED and not name.startswith(("x-", "X-")) and not sloppy:
+            _refuse(f"unknown option {word}; known are {known_options()} and those of mount(8)")
+        last = name
+    return _checked(values, tuple(peers), read_only, tuple(kernel))
+
+
+def _checked(values: dict[str, str], peers: tuple[str, ...], read_only: bool, kernel: tuple[str, ...]) -> MountOptions:
+    ways = [name for name in ("multicast", "broadcast", "peer") if name in values]
+    if len(ways) > 1:
+        _refuse(f"options {' and '.join(ways)} exclude each other: nodes find each other in one way")
+    iface = values.get("iface")
+    if iface is not None and (len(iface) > _IFACE_MAX or "/" in iface):
+        _refuse(f"iface={iface}: not the name of a network interface (at most {_IFACE_MAX} characters)")
+    node = values.get("node")
+    if node is not None and (len(node.encode()) > _NODE_NAME_MAX or not node.isprintable() or "/" in node):
+        _refuse(f"node={node}: a node's name is printable, without '/', of at most {_NODE_NAME_MAX} bytes")
+    state = values.get("state")
+    if state is not None and not state.startswith("/"):
+        _refuse(f"state={state}: must be an absolute path")
+    for peer in peers:
+        _check_address("peer", peer)
+    multicast = values.get("multicast")
+    if multicast is not None and not _check_address("multicast", multicast).is_multicast:
+        _refuse(f"multicast={multicast}: not a multicast address (224.0.0.0/4 or ff00::/8)")
+    broadcast = values.get("broadcast")
+    if broadcast is not None and _check_address("broadcast", broadcast).version != 4:
+        _refuse(f"broadcast={broadcast}: only IPv4 has broadcast addresses")
+    return MountOptions(
+        read_only=read_only,
+        iface=iface,
+        port=_port(values.get("port")),
+        multicast=multicast,
+        broadcast=broadcast,
+        peers=peers,
+        timeouts=_one_of("timeouts", values.get("timeouts", "default"), TIMEOUT_NAMES),
+        node=node,
+        state=state,
+        log=_one_of("log", values.get("log", "info"), LOG_LEVELS),
+        kernel=kernel,
+    )
+
+
+def _is_address(text: str) -> bool:
+    from ipaddress import ip_address
+
+    try:
+        ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _check_address(option: str, text: str) -> "IPv4Address | IPv6Address":
+    from ipaddress import ip_address
+
+    try:
+        return ip_address(text)
+    except ValueError:
+        _refuse(f"{option}={text}: not an IPv4 or IPv6 address")
+
+
+def _port(text: str | None) -> int | None:
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= 65535):
+        _refuse(f"port={text}: must be a number from 1 to 65535")
+    return int(text)
+
+
+def _one_of(option: str, value: str, known: tuple[str, ...]) -> str:
+    if value not in known:
+        _refuse(f"{option}={value}: must be one of {', '.join(known)}")
+    return value
+
+
+def _refuse(message: str) -> NoReturn:
+    raise MisuseError(message)
