@@ -124,9 +124,10 @@ class SendCancel:
 
 @dataclass(frozen=True, slots=True)
 class Wake:
-    """End the wait for *req_id*. errno 0 and mode NL: use the file uncached, unless the cache's mode() now does.
+    """End the wait for *req_id*; errno 0 and mode NL: uncached.
 
-    A waiter must look at mode() again: the lock may have been called back meanwhile, and is then asked for again.
+    For an OPEN, *mode* decides whether the descriptor is cached, whatever happened since. All other waiters must look
+    at mode() again: the lock may have been called back meanwhile, and is then asked for again.
     """
 
     req_id: int
