@@ -43,10 +43,10 @@ from mxfs_proto.records import (
 )
 
 __all__ = [
-    "COMMANDS", "FAMILY_ID", "FAMILY_NAME", "FAMILY_VERSION", "GROUPS", "CacheInval", "Command", "DaemonReady",
-    "LockBast", "LockDeny", "LockFlag", "LockGrant", "LockMode", "LockRelease", "LockReq", "Message", "MxfsMessage",
-    "NodeState", "NodeStatus", "Opens", "Record", "RecoveryDone", "RecoveryStart", "StatusReq", "StatusResp",
-    "VolumeMount", "VolumeUmount", "decode", "decode_message", "encode", "iter_messages",
+    "COMMANDS", "FAMILY_ID", "FAMILY_NAME", "FAMILY_VERSION", "GROUPS", "HEADER_BYTES", "CacheInval", "Command",
+    "DaemonReady", "LockBast", "LockDeny", "LockFlag", "LockGrant", "LockMode", "LockRelease", "LockReq", "Message",
+    "MxfsMessage", "NodeState", "NodeStatus", "Opens", "Record", "RecoveryDone", "RecoveryStart", "StatusReq",
+    "StatusResp", "VolumeMount", "VolumeUmount", "decode", "decode_message", "encode", "iter_messages",
 ]  # fmt: skip
 
 FAMILY_NAME: Final = "mxfs"
@@ -226,6 +226,7 @@ ATTRIBUTES: Final = _declared()
 
 _HEADER = struct.Struct("=IHHIIBBH")  # struct nlmsghdr, struct genlmsghdr
 _NLATTR = struct.Struct("=HH")
+HEADER_BYTES: Final = _HEADER.size
 assert _HEADER.size == 20 and _NLATTR.size == 4
 _ENVELOPE = ("CHANNEL_SEQ", "CHANNEL_ACK", "RESOURCE")  # open every message, in this order
 _MODES = tuple(LockMode)
