@@ -67,7 +67,7 @@ def test_unit_tests_build_and_run_from_the_third_node(clone: dict[str, Path]) ->
     chosen = [str(path) for path in wanted if path.exists()]
     assert chosen, "none of the chosen unit tests exists in this commit"
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:randomly", *chosen],
+        [sys.executable, "-m", "pytest", "-q", *chosen],
         cwd=here,
         env=environment,
         capture_output=True,
