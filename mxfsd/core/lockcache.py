@@ -155,6 +155,13 @@ class LockCache:
         lock = self._locks.get(ino)
         return self._default if lock is None else lock.mode
 
+    def seq(self, ino: int) -> int:
+        """Return the grant sequence of the lock held (0: implicit), -1 where none is."""
+        lock = self._locks.get(ino)
+        if lock is None:
+            return 0 if self._implicit else -1
+        return lock.seq
+
     def flags(self, ino: int) -> LockFlag:
         """Return the OTHER_OPEN and OTHER_WRITER of the last grant."""
         lock = self._locks.get(ino)
@@ -480,7 +487,11 @@ class LockCache:
             return _PW
         if COMPATIBLE[wanted][held]:
             return held
-        return _PR if COVERS[held][_PR] and COMPATIBLE[wanted][_PR] else _NL
+        if not (COVERS[held][_PR] and COMPATIBLE[wanted][_PR]) or self._has_cached_writer(ino):
+            # With a cached writer pages are filled under PW only, so that under PR none is there that a WRITE which
+            # waits for PW could keep from being invalidated.
+            return _NL
+        return _PR
 
     def _revoke(
         self, now_ms: int, ino: int, lock: _Lock, target: LockMode, out: list[CacheEffect], hold: bool = False
