@@ -29,9 +29,13 @@ class LeaseLost:
 
 @dataclass(frozen=True, slots=True)
 class Stalled:
-    """Nothing of ours reached the disk for too long: claim the slot again (SlotReclaim) before anything else."""
+    """Nothing of ours reached the disk for too long: claim the slot again (SlotReclaim) before anything else.
+
+    *late*: the last write did reach it, but too late; it may cover a taker's claim.
+    """
 
     ms: int
+    late: bool
 
 
 Duty = WriteSlot | WriteLease | SlotLost | LeaseLost | Stalled
@@ -56,8 +60,13 @@ class Keeper:
 
     @property
     def lease_until_ms(self) -> int | None:
-        """Until when the lease is ours without another renewal; None when we are not home."""
-        return None if self.lease is None else self._lease_ms + self.timeouts.lease_ms
+        """Until when the lease is ours without another renewal; None when we are not home.
+
+        Never longer than the slot is ours: others take the lease of a node whose slot was taken at once.
+        """
+        if self.lease is None:
+            return None
+        return min(self._lease_ms + self.timeouts.lease_ms, self.slot_until_ms)
 
     def set_state(self, state: SlotState) -> None:
         """Show *state* from the next beat on."""
@@ -67,9 +76,10 @@ class Keeper:
         """Show *addresses* from the next beat on."""
         self._addresses = addresses
 
-    def hold(self, held: HeldLease) -> None:
-        """Renew this lease from the next beat on."""
+    def hold(self, held: HeldLease, now_ms: int) -> LeaseLost | None:
+        """Renew this lease from the next beat on; return LeaseLost if it is too late for that."""
         self.lease, self._lease_ms = held.record, held.since_ms
+        return self.expire(now_ms)
 
     def let_go(self) -> LeaseRecord | None:
         """Renew no more; return the lease as it was written last."""
@@ -90,8 +100,11 @@ class Keeper:
             self.lease = None
             return [SlotLost(f"slot {found.slot} was taken by {found.name or 'an unnamed node'}")]
         if snap.ended_ms > self.slot_until_ms:
+            lost = self.expire(snap.ended_ms)
             duties = [duty for duty in duties if isinstance(duty, LeaseLost)]
-            duties.append(Stalled(snap.ended_ms - self._slot_ms))
+            if lost is not None:
+                duties.append(lost)
+            duties.append(Stalled(snap.ended_ms - self._slot_ms, False))
             return duties
         duties.append(WriteSlot(self._next(snap)))
         return duties
@@ -101,21 +114,22 @@ class Keeper:
         if isinstance(duty, WriteLease):
             if self.lease is None:
                 return None
-            if now_ms > self._lease_ms + self.timeouts.lease_ms:
-                return self._lost(f"expired: no renewal for {now_ms - self._lease_ms} ms")
-            self.lease, self._lease_ms = duty.record, began_ms
-            return None
+            lost = self.expire(now_ms)
+            if lost is None:
+                self.lease, self._lease_ms = duty.record, began_ms
+            return lost
         self.record = duty.record
         if now_ms > self.slot_until_ms:
-            return Stalled(now_ms - self._slot_ms)
+            return Stalled(now_ms - self._slot_ms, True)
         self._slot_ms = began_ms
         return None
 
     def expire(self, now_ms: int) -> LeaseLost | None:
         """Return LeaseLost, once, if the lease has run out at *now_ms*; for while an I/O hangs."""
-        if self.lease is None or now_ms <= self._lease_ms + self.timeouts.lease_ms:
+        until = self.lease_until_ms
+        if until is None or now_ms <= until:
             return None
-        return self._lost(f"expired: no renewal for {now_ms - self._lease_ms} ms")
+        return self._lost(f"expired: nothing was renewed for {now_ms - min(self._lease_ms, self._slot_ms)} ms")
 
     def last(self, state: SlotState) -> SlotRecord:
         """Return the last record of this claim, LEFT or FAILED."""
@@ -136,8 +150,9 @@ class Keeper:
         found = snap.lease
         if found is not None and not same_lease(found, lease):
             return [self._lost(f"taken by slot {found.owner_slot}, epoch {found.epoch}")]
-        if snap.ended_ms > self._lease_ms + self.timeouts.lease_ms:
-            return [self._lost(f"expired: no renewal for {snap.ended_ms - self._lease_ms} ms")]
+        lost = self.expire(snap.ended_ms)
+        if lost is not None:
+            return [lost]
         # Half a heartbeat early: beats come at times that are only almost regular.
         due = self._lease_ms + self.timeouts.renewal_ms - self.timeouts.heartbeat_ms // 2
         if snap.began_ms < due:

@@ -89,9 +89,9 @@ class Phase(Enum):
     IDLE = auto()
     READING = auto()
     WRITING = auto()
+    COPYING = auto()
     WAITING = auto()
     CONFIRMING = auto()
-    SEALING = auto()
     BACKOFF = auto()
     ENDED = auto()
 
@@ -108,10 +108,10 @@ class Event(Enum):
 _NEXT: dict[tuple[Phase, Event], frozenset[Phase]] = {
     (Phase.IDLE, Event.BEGIN): frozenset({Phase.READING}),
     (Phase.READING, Event.READ): frozenset({Phase.WRITING, Phase.BACKOFF, Phase.ENDED}),
-    (Phase.WRITING, Event.WRITTEN): frozenset({Phase.WAITING, Phase.BACKOFF, Phase.ENDED}),
+    (Phase.WRITING, Event.WRITTEN): frozenset({Phase.COPYING, Phase.WAITING, Phase.BACKOFF, Phase.ENDED}),
+    (Phase.COPYING, Event.WRITTEN): frozenset({Phase.WAITING, Phase.BACKOFF, Phase.ENDED}),
     (Phase.WAITING, Event.SLEPT): frozenset({Phase.CONFIRMING}),
-    (Phase.CONFIRMING, Event.READ): frozenset({Phase.SEALING, Phase.BACKOFF, Phase.ENDED}),
-    (Phase.SEALING, Event.WRITTEN): frozenset({Phase.BACKOFF, Phase.ENDED}),
+    (Phase.CONFIRMING, Event.READ): frozenset({Phase.BACKOFF, Phase.ENDED}),
     (Phase.BACKOFF, Event.SLEPT): frozenset({Phase.READING}),
 }
 
@@ -160,8 +160,6 @@ class Claim:
     def on_written(self, now_ms: int) -> Action:
         """The write returned at *now_ms*."""
         self._check(Event.WRITTEN)
-        if self.phase is Phase.SEALING:
-            return self._sealed(now_ms)
         if now_ms - self._read_ms > self.timeouts.claim_bound_ms:
             # The write may have landed on a claim that was confirmed meanwhile.
             self.abandoned += 1
@@ -170,6 +168,10 @@ class Claim:
                 reason = f"reading and writing a claim took over {self.timeouts.claim_bound_ms} ms each time"
                 return self._enter(Event.WRITTEN, Phase.ENDED, Refused(f"disk too slow: {reason}", EIO))
             return self._enter(Event.WRITTEN, Phase.BACKOFF, self._jitter())
+        if self.phase is Phase.WRITING and isinstance(self._intent, WriteLease):
+            # The second copy: one late write by an earlier owner, which covers one copy, cannot hide this epoch.
+            self._intent = WriteLease(renewed(self._intent.record))
+            return self._enter(Event.WRITTEN, Phase.COPYING, self._intent)
         self._written_ms = now_ms
         return self._enter(Event.WRITTEN, Phase.WAITING, Sleep(self.timeouts.claim_wait_ms))
 
@@ -204,15 +206,7 @@ class Claim:
             return self._enter(Event.READ, Phase.BACKOFF, self._jitter())
         if isinstance(intent, WriteSlot):
             return self._enter(Event.READ, Phase.ENDED, HeldSlot(intent.record, self._read_ms))
-        # The second copy: from now on one late write by an earlier owner cannot hide this epoch.
-        record = renewed(intent.record)
-        self._intent = WriteLease(record)
-        return self._enter(Event.READ, Phase.SEALING, self._intent)
-
-    def _sealed(self, now_ms: int) -> Action:
-        if now_ms - self._read_ms > self.timeouts.lease_ms or not isinstance(self._intent, WriteLease):
-            return self._enter(Event.WRITTEN, Phase.BACKOFF, self._jitter())
-        return self._enter(Event.WRITTEN, Phase.ENDED, HeldLease(self._intent.record, self._read_ms))
+        return self._enter(Event.READ, Phase.ENDED, HeldLease(intent.record, self._read_ms))
 
     def _jitter(self) -> Sleep:
         """Competitors that met once shall not meet again."""
@@ -363,12 +357,14 @@ class SlotClaim(Claim):
 class SlotReclaim(Claim):
     """Claims a slot again that shows our claim still, after a stall (nothing of ours was written for self_fence_ms).
 
-    The home uses it too, to get hold of the slot of a node that it has fenced before it frees the slot.
+    The home uses it too, to get hold of the slot of a node that it has fenced before it frees the slot. *late*: the
+    last write came too late, so that what the disk shows may be our record over a taker's.
     """
 
-    def __init__(self, held: SlotRecord, timeouts: Timeouts, nonces: Nonces) -> None:
+    def __init__(self, held: SlotRecord, timeouts: Timeouts, nonces: Nonces, *, late: bool = False) -> None:
         super().__init__(timeouts, nonces)
         self._claims = [held]
+        self._late = late
 
     def choose(self, snap: Snapshot) -> Write | Sleep | Refused:
         """Take it if the record is from our claim still, else refuse with ESTALE."""
@@ -376,13 +372,17 @@ class SlotReclaim(Claim):
         found = snap.slot(held.slot)
         if found is not None and not any(found.same_claim(claim) for claim in self._claims):
             return Refused(f"slot {held.slot} was taken by {found.name or 'another node'}", ESTALE)
-        if self.abandoned and self.watch.age_ms(held.slot) < self.timeouts.node_dead_ms:
+        if self._late and self.watch.age_ms(held.slot) < self.timeouts.node_dead_ms:
             # Our late write may cover a taker's claim: leave it time to see that and to stop.
             return Sleep(self.timeouts.heartbeat_ms)
         record = replace(held, counter=held.counter + 1, nonce=self.nonces())
         # A write of ours that was given up may still be what the disk shows.
         self._claims.append(record)
         return WriteSlot(record)
+
+    def on_abandoned(self) -> None:
+        """See *late*."""
+        self._late = True
 
     def holds(self, snap: Snapshot, intent: Write) -> bool:
         """See Claim."""
@@ -466,7 +466,7 @@ class LeaseClaim(Claim):
 
     def holds(self, snap: Snapshot, intent: Write) -> bool:
         """See Claim."""
-        return isinstance(intent, WriteLease) and snap.lease == intent.record
+        return isinstance(intent, WriteLease) and snap.lease is not None and same_lease(snap.lease, intent.record)
 
     def _takeable(self, snap: Snapshot, lease: LeaseRecord) -> bool:
         dead = self.timeouts.node_dead_ms
@@ -489,14 +489,44 @@ class LeaseClaim(Claim):
         if (owner.node_uuid, owner.incarnation) == (lease.owner_uuid, lease.incarnation):
             ours = (owner.node_uuid, owner.incarnation) == (self.me.node_uuid, self.me.incarnation)
             fits = self.evidence is not None and self.evidence.fits(snap)
-            # Ours, but not one that was confirmed. For at most lease_ms it may cover a claim that was confirmed
-            # and has not written its second copy, which then wins.
-            sealed = age >= self.timeouts.lease_ms + self.timeouts.claim_wait_ms
-            return owner.state in GONE or fits or (ours and sealed)
+            # Ours, but not one that was confirmed: a claim that we gave up, whose late writes may cover the lease of
+            # a live home. That one sees it at its next renewal, and its lease ends in any case.
+            over = age >= self.timeouts.lease_ms + self.timeouts.claim_wait_ms
+            return owner.state in GONE or fits or (ours and over)
         if owner.state is SlotState.CLAIMING and owner.node_uuid != lease.owner_uuid:
             # Perhaps a claim that came too late and covers a live home's slot: only the lease's own counter tells.
             return still
         return True
+
+
+class HandOver(Claim):
+    """Gives a held lease away, to slot *target* or (0) to whoever asks first, after a clean unmount.
+
+    Ends with HeldLease (what was written: nobody is home now) or Refused with ESTALE. One copy is written: if that
+    write comes late after all, it covers one copy of a successor's claim, and the other one counts.
+    """
+
+    def __init__(self, lease: LeaseRecord, until_ms: int, target: int, timeouts: Timeouts) -> None:
+        super().__init__(timeouts, lambda: 0)
+        self.lease = lease
+        self.until_ms = until_ms
+        self.target = target
+
+    def choose(self, snap: Snapshot) -> Write | Sleep | Refused:
+        """See the class."""
+        found = snap.lease
+        if found is None or not same_lease(found, self.lease) or snap.ended_ms > self.until_ms:
+            return Refused("the home lease is not ours any more", ESTALE)
+        return WriteLease(moving(found, self.target) if self.target else released(found))
+
+    def on_written(self, now_ms: int) -> Action:
+        """See the class."""
+        self._check(Event.WRITTEN)
+        intent = self._intent
+        if not isinstance(intent, WriteLease) or now_ms > self.until_ms:
+            reason = "the home lease ran out while it was given away"
+            return self._enter(Event.WRITTEN, Phase.ENDED, Refused(reason, ESTALE))
+        return self._enter(Event.WRITTEN, Phase.ENDED, HeldLease(intent.record, self._read_ms))
 
 
 def same_lease(one: LeaseRecord, other: LeaseRecord) -> bool:
