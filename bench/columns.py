@@ -143,9 +143,10 @@ def everything(cache: Path, size: str, with_lab: bool) -> Iterator[Setup]:
         else:
             home = other = native / "stand-in"
             home.mkdir()
+        kind = "MXFS" if with_lab else "stand-in"
         columns += [
-            Column("home", "MXFS home", home, other),
-            Column("node", "MXFS node", other, home),
+            Column("home", f"{kind} home", home, other),
+            Column("node", f"{kind} node", other, home),
         ]
         yield Setup(tuple(columns), cluster)
 

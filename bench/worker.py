@@ -121,7 +121,11 @@ def data(folder: str, mib: int, randoms: int, repeats: int) -> dict[str, float]:
         for offset in offsets:
             os.pwrite(fd, PAYLOAD, offset)
 
-    os.sync()  # what earlier parts left dirty must not be written out meanwhile
+    # What earlier parts left dirty must not be written out meanwhile, and the memory that the page cache will take must
+    # have been touched: a virtual machine's first use of a page is slow, whichever column it falls on.
+    touched = bytearray(b"x") * (2 * mib * MIB)
+    del touched
+    os.sync()
     fd = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
     out["seq write 1 MiB"] = rate(mib, lambda: write_through(fd))
     out["seq rewrite 1 MiB"] = rate(mib, lambda: write_through(fd))
