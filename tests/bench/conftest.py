@@ -1,0 +1,6 @@
+"""The benchmark is no installed package: find it beside the tests."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
