@@ -140,6 +140,7 @@ class LockCache:
         self._wants_of: dict[int, list[int]] = {}
         self._given_back: dict[int, int] = {}
         self._floor = 0
+        self._first_seq = 0
         self._forgotten: dict[int, int] = {}
         self._req_id = first_req - 1
 
@@ -374,6 +375,14 @@ class LockCache:
 
     # -- change of home, loss of the lease ---------------------------------------------------------------------------
 
+    def new_epoch(self, first_seq: int) -> None:
+        """Another home serves, whose grants are numbered from *first_seq* on: ignore those of the homes before it.
+
+        A reply that the new home repeats from the old one's reply cache may carry such a grant, on a lock that
+        nobody reclaimed. What is held stays held, under its old sequence, until the reclaim is answered.
+        """
+        self._first_seq = max(self._first_seq, first_seq - 1)
+
     def set_implicit(self, implicit: bool, except_for: Iterable[int] = ()) -> None:
         """Become the home's cache, or cease to be it.
 
@@ -434,8 +443,8 @@ class LockCache:
         """Return the highest sequence of *ino* whose grant would come too late."""
         lock = self._locks.get(ino)
         if lock is not None:
-            return lock.seq
-        return 0 if self._implicit else self._given_back.get(ino, self._floor)
+            return max(lock.seq, self._first_seq)
+        return self._first_seq if self._implicit else max(self._given_back.get(ino, self._floor), self._first_seq)
 
     def _hold(self, now_ms: int, ino: int, mode: LockMode, seq: int, flags: int) -> None:
         lock = self._locks.get(ino)
