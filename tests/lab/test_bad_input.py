@@ -179,11 +179,11 @@ def test_mkfs_refuses_an_mxfs_volume_without_force(bench: Bench) -> None:
 
 def test_mkfs_refuses_a_partition_table(bench: Bench) -> None:
     disk = bench.disk()
-    done = subprocess.run(["sfdisk", "-q", disk.loop], input="label: gpt\n,100M\n", text=True, capture_output=True)
-    if done.returncode != 0:
-        pytest.fail(done.stderr)
+    # A DOS table with one Linux partition: status, CHS, type 0x83, CHS, first sector, sectors; then the signature.
+    disk.patch(446, bytes([0, 0, 0, 0, 0x83, 0, 0, 0]) + (2048).to_bytes(4, "little") + (100_000).to_bytes(4, "little"))
+    disk.patch(510, b"\x55\xaa")
     before = disk.fingerprint()
-    refused(mkfs(disk.loop), re.escape(disk.loop), "partition|gpt")
+    refused(mkfs(disk.loop), re.escape(disk.loop), "partition|dos")
     assert disk.fingerprint() == before
 
 
@@ -240,7 +240,7 @@ def test_mkfs_passes_on_the_refusal_of_mkfs_xfs(bench: Bench) -> None:
     before = disk.fingerprint()
     done = mkfs(disk.loop, "--", "-i", "size=77")
     assert done.returncode != 0
-    assert "size=77" in done.stderr or "inode size" in done.stderr
+    assert "77" in done.stderr
     assert disk.fingerprint() == before
 
 

@@ -390,7 +390,15 @@ def test_names_of_255_arbitrary_bytes(work: Work) -> None:
         assert caught.value.errno == errno.ENAMETOOLONG
 
 
-def test_native_and_lab_agree_on_statfs(lab: Lab, work: Work) -> None:
+def test_commands_run_on_nodes_see_each_others_files(lab: Lab, work: Work) -> None:
+    """What `lab exec` runs stands in the node's folder and network, and works on the same volume."""
+    folder = work["n1"].name
+    for writer, reader in PAIRS:
+        lab.execute(writer, "sh", "-c", f"echo from {writer} > {folder}/said")
+        assert lab.execute(reader, "cat", f"{folder}/said") == f"from {writer}\n"
+
+
+def test_nodes_agree_on_statfs(lab: Lab, work: Work) -> None:
     replies = [os.statvfs(folder) for folder in work.values()]
     assert len({(r.f_blocks, r.f_bsize, r.f_frsize, r.f_namemax) for r in replies}) == 1
     assert replies[0].f_namemax == 255
