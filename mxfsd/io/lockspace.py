@@ -5,6 +5,7 @@ One Lockspace may be used by one thread at a time.
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Self
 
@@ -88,9 +89,18 @@ class Lockspace:
     (plain mkfs.xfs over it) is never used.
     """
 
-    def __init__(self, disk: Disk, *, check_xfs: bool = True) -> None:
-        """Use an open disk. Raises MediaError, IoFailure."""
+    def __init__(
+        self,
+        disk: Disk,
+        *,
+        check_xfs: bool = True,
+        clock: Callable[[], int] = now_ms,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        """Use an open disk; *clock* gives milliseconds, *sleep* takes seconds. Raises MediaError, IoFailure."""
         self.disk = disk
+        self.clock = clock
+        self.sleep = sleep
         self.header = read_header(disk)
         self.volume = self.header.volume
         self.volume_id = volume_id(self.volume)
@@ -127,9 +137,9 @@ class Lockspace:
 
     def snapshot(self) -> Snapshot:
         """Read lease and slots at once. ``bad`` then says which slots (lease: 0) are unreadable and why."""
-        began = now_ms()
+        began = self.clock()
         data = self.disk.read(self._base + _FIRST * RECORD_BYTES, _AREA_BYTES)
-        ended = now_ms()
+        ended = self.clock()
         lease = self._decode_lease(data)
         skip = (SLOT_RECORD - _FIRST) * RECORD_BYTES
         for index in range(SLOT_COUNT):
@@ -256,12 +266,12 @@ class Lockspace:
                 action = claim.on_read(self.snapshot())
             elif isinstance(action, Sleep):
                 if self._dirty:
-                    began = now_ms()
+                    began = self.clock()
                     self.disk.sync()
                     self._dirty = False
-                    action = Sleep(max(0, action.ms - (now_ms() - began)))
-                time.sleep(action.ms / 1000)
-                action = claim.on_slept(now_ms())
+                    action = Sleep(max(0, action.ms - (self.clock() - began)))
+                self.sleep(action.ms / 1000)
+                action = claim.on_slept(self.clock())
             elif isinstance(action, HeldSlot | HeldLease):
                 if self._dirty:
                     self.disk.sync()
@@ -275,7 +285,7 @@ class Lockspace:
                 else:
                     self.write_lease(action.record)
                 self._dirty = True
-                action = claim.on_written(now_ms())
+                action = claim.on_written(self.clock())
 
 
 def _nonce() -> int:
