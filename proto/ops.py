@@ -9,7 +9,7 @@ Session, sequence and epoch are in the frame header (:mod:`mxfs_proto.frames`). 
 ========  ================================================================
 
 A lower object is named (inode u64, generation u32). Replies are declared in :data:`REPLIES` in the same way, with ``A``
-for the 84 bytes of an :class:`Attr`.
+for the 76 bytes of an :class:`Attr`.
 """
 
 from collections.abc import Sequence
@@ -46,7 +46,7 @@ class Attr(NamedTuple):
 
 
 _ATTR = Struct("!QIIIIIQqQqqq")
-assert _ATTR.size == 84
+assert _ATTR.size == 76
 
 
 class Op(IntEnum):
@@ -113,9 +113,9 @@ REQUESTS: dict[Op, tuple[str, ...]] = {
     Op.MKDIR: (*_OBJ, "v", "I"),  # name, mode
     Op.SYMLINK: (*_OBJ, "v", "v"),  # name, target
     Op.LINK: (*_OBJ, *_OBJ, "v"),  # object, new parent, name
-    Op.UNLINK: (*_OBJ, "v"),
+    Op.UNLINK: (*_OBJ, "v", *_OBJ),  # name, victim (see NO_FID)
     Op.RMDIR: (*_OBJ, "v"),
-    Op.RENAME: (*_OBJ, "v", *_OBJ, "v", "I"),  # old parent, old name, new parent, new name, flags
+    Op.RENAME: (*_OBJ, "v", *_OBJ, "v", "I", *_OBJ),  # old, name, new, name, flags, victim
     Op.CREATE: (*_OBJ, "v", "I", "I"),  # name, mode, open flags
     Op.READ: (*_OBJ, "Q", "I"),  # offset, size
     Op.WRITE: (*_OBJ, "Q", "I", "v"),  # offset, WriteFlag, data
@@ -139,9 +139,9 @@ REPLIES: dict[Op, tuple[str, ...]] = {
     Op.MKDIR: ("A",),
     Op.SYMLINK: ("A",),
     Op.LINK: ("A",),
-    Op.UNLINK: (),
+    Op.UNLINK: _OBJ,  # the object, where it is kept as an orphan; else 0, 0
     Op.RMDIR: (),
-    Op.RENAME: (),
+    Op.RENAME: _OBJ,  # likewise
     Op.CREATE: ("I", "A"),  # 1: the file was there already
     Op.READ: ("v",),
     Op.WRITE: ("Q", "I"),  # offset it was placed at, bytes written
@@ -161,6 +161,9 @@ _REPLY = Struct("!IH")  # errno (0: done), number of grants
 _GRANT = Struct("!QBQ")  # inode, LockMode, grant sequence
 MAX_DATA = 1 << 20
 """Bytes of data in one READ or WRITE at most."""
+NO_FID = Fid(0, 0)
+"""No object. As the victim of UNLINK and RENAME: the requester does not know which object loses its name, or has it
+open; otherwise the victim is the object that it knows by that name and promises not to have open."""
 
 
 class _Layout:
@@ -291,7 +294,7 @@ _NAME = Struct("!B")
 
 
 def pack_entries(entries: Sequence[Entry]) -> bytes:
-    """Encode entries for READDIR: each u8 name length, name, attributes (84 bytes)."""
+    """Encode entries for READDIR: each u8 name length, name, attributes (76 bytes)."""
     out = []
     for name, attr in entries:
         out.append(_NAME.pack(len(name)))

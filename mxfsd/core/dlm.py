@@ -347,6 +347,12 @@ class LockMaster:
         hold = rec.held.get(node)
         return _NL if hold is None else hold.mode
 
+    def seq_of(self, node: int, ino: int) -> int:
+        """Return the sequence of the node's recorded lock, 0 where it has none."""
+        rec = self._records.get(ino)
+        hold = rec.held.get(node) if rec is not None else None
+        return hold.seq if hold is not None else 0
+
     def holders(self, ino: int) -> dict[int, LockMode]:
         """Return the cached mode of each node that holds more than NL, the home's implicit EX included."""
         rec = self._records.get(ino)

@@ -52,10 +52,11 @@ def _fs_messages(fd: int) -> str:
             return "; ".join(line[2:] if line[1:2] == " " else line for line in lines)
 
 
-def mount_detached(source: str, readonly: bool, options: tuple[str, ...] = ()) -> int:
+def mount_detached(source: str, readonly: bool, *, exclusive: bool = True) -> int:
     """Mount the XFS on *source* in no namespace; return the mount's descriptor (a directory, not O_PATH).
 
-    The kernel unmounts when the last descriptor into the mount closes. Raises OSError (EBUSY: this kernel has the
+    *exclusive*: never share the superblock of a mount that this kernel has already. The kernel unmounts when the last
+    descriptor into the mount closes. Raises OSError (EBUSY: this kernel has the
     device or its uuid mounted already; EUCLEAN: XFS refuses the image).
     """
     ctx = _check(_libc.syscall(_SYS_FSOPEN, b"xfs", _FSOPEN_CLOEXEC), "fsopen")
@@ -63,15 +64,11 @@ def mount_detached(source: str, readonly: bool, options: tuple[str, ...] = ()) -
         pairs: list[tuple[int, bytes, bytes | None]] = [(_FSCONFIG_SET_STRING, b"source", os.fsencode(source))]
         if readonly:
             pairs.append((_FSCONFIG_SET_FLAG, b"ro", None))
-        for option in options:
-            key, eq, value = option.partition("=")
-            pairs.append(
-                (_FSCONFIG_SET_STRING, key.encode(), value.encode()) if eq else (_FSCONFIG_SET_FLAG, key.encode(), None)
-            )
         for command, key_b, value_b in pairs:
             _check(_libc.syscall(_SYS_FSCONFIG, ctx, command, key_b, value_b, 0), f"fsconfig {key_b.decode()}")
-        result = _libc.syscall(_SYS_FSCONFIG, ctx, _FSCONFIG_CMD_CREATE_EXCL, None, None, 0)
-        if result < 0 and ctypes.get_errno() in (22, 95):  # EINVAL, EOPNOTSUPP: before Linux 6.6
+        command = _FSCONFIG_CMD_CREATE_EXCL if exclusive else _FSCONFIG_CMD_CREATE
+        result = _libc.syscall(_SYS_FSCONFIG, ctx, command, None, None, 0)
+        if result < 0 and exclusive and ctypes.get_errno() in (22, 95):  # EINVAL, EOPNOTSUPP: before Linux 6.6
             result = _libc.syscall(_SYS_FSCONFIG, ctx, _FSCONFIG_CMD_CREATE, None, None, 0)
         if result < 0:
             code = ctypes.get_errno()

@@ -5,6 +5,7 @@ operations, the FUSE layer for its own. Every method is a few system calls and r
 are bytes. The caller holds the locks (DESIGN.md section 5); nothing here is safe against a second caller by itself.
 """
 
+import errno
 import os
 import stat
 from bisect import bisect_right
@@ -18,6 +19,7 @@ from mxfsd.io import libc
 HIDDEN = b".mxfs"
 """The folder in the lower root that no operation shows: orphans and reply caches."""
 _ORPHANS = b".mxfs/orphans"
+_REPLIES = b".mxfs/replies"
 _DIR_FDS = 512
 _FILE_FDS = 256
 
@@ -123,7 +125,7 @@ class Lower:
         try:
             fd = libc.open_by_handle(self.mount_fd, fid[0], fid[1], os.O_RDWR)
         except OSError as exc:
-            if exc.errno != 30:  # EROFS
+            if exc.errno != errno.EROFS:
                 raise
             fd = libc.open_by_handle(self.mount_fd, fid[0], fid[1], os.O_RDONLY)
         return self._files.put(fid, fd)
@@ -175,6 +177,14 @@ class Lower:
         with self._path_fd(fid) as fd:
             return os.readlink(b"", dir_fd=fd)
 
+    def names(self, fid: Fid) -> list[bytes]:
+        """The names in a directory, sorted, without ``.`` and ``..``."""
+        # listdir moves the descriptor's offset, which nobody else uses, and rewinds it.
+        names = sorted(os.fsencode(name) for name in os.listdir(self.dir_fd(fid)))
+        if fid[0] == self.root[0] and HIDDEN in names:
+            names.remove(HIDDEN)
+        return names
+
     def readdir(self, fid: Fid, after: bytes = b"", limit: int = 0) -> tuple[list[Entry], bool]:
         """Entries in the order of their names, those behind *after*, at most *limit* (0: all), and whether that is all.
 
@@ -182,10 +192,7 @@ class Lower:
         is added or removed between two calls. ``.`` and ``..`` are left out.
         """
         dfd = self.dir_fd(fid)
-        # listdir moves the descriptor's offset, which nobody else uses, and rewinds it.
-        names = sorted(os.fsencode(name) for name in os.listdir(dfd))
-        if fid[0] == self.root[0] and HIDDEN in names:
-            names.remove(HIDDEN)
+        names = self.names(fid)
         start = bisect_right(names, after) if after else 0
         chosen = names[start : start + limit] if limit else names[start:]
         out: list[Entry] = []
@@ -371,13 +378,54 @@ class Lower:
         with self._path_fd(fid) as fd:
             os.removexattr(f"/proc/self/fd/{fd}", name)
 
+    # -- reply caches --------------------------------------------------------------------------------------------
+
+    def save_replies(self, data: bytes) -> None:
+        """Put the reply caches where the next home finds them, durably."""
+        fd = os.open(_REPLIES + b".new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600, dir_fd=self.mount_fd)
+        with os.fdopen(fd, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(_REPLIES + b".new", _REPLIES, src_dir_fd=self.mount_fd, dst_dir_fd=self.mount_fd)
+        self.sync(self.root)
+        hidden = os.open(HIDDEN, os.O_RDONLY | os.O_DIRECTORY, dir_fd=self.mount_fd)
+        try:
+            os.fsync(hidden)
+        finally:
+            os.close(hidden)
+
+    def load_replies(self) -> bytes | None:
+        """What a home before saved when it moved; None where none ever did."""
+        try:
+            fd = os.open(_REPLIES, os.O_RDONLY, dir_fd=self.mount_fd)
+        except FileNotFoundError:
+            return None
+        with os.fdopen(fd, "rb") as file:
+            return file.read()
+
     # -- durability ----------------------------------------------------------------------------------------------
 
-    def sync_fd(self, fid: Fid, is_dir: bool) -> int:
-        """Return a descriptor of its own to fsync the object with; the caller closes it (works in a thread)."""
-        if is_dir:
-            return os.dup(self.dir_fd(fid))
-        return libc.open_by_handle(self.mount_fd, fid[0], fid[1], os.O_RDONLY)
+    def sync(self, fid: Fid) -> None:
+        """Make the object durable, and with it every change made before (see LogForcer); safe in a thread.
+
+        What does not open for that (it is gone, or is no file or directory) is made durable with everything else.
+        """
+        try:
+            fd = libc.open_by_handle(self.mount_fd, fid[0], fid[1], os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError as exc:
+            if exc.errno not in (errno.ESTALE, errno.ENOENT, errno.ELOOP, errno.ENXIO, errno.ENODEV):
+                raise
+            self.syncfs()
+            return
+        try:
+            os.fsync(fd)
+        except OSError as exc:
+            if exc.errno != errno.EINVAL:  # a FIFO or device opens, and cannot be synced
+                raise
+            self.syncfs()
+        finally:
+            os.close(fd)
 
     def syncfs(self) -> None:
         """Write back everything and wait."""

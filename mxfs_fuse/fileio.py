@@ -1,0 +1,279 @@
+"""Open files: which descriptors are cached, and how READ and WRITE upcalls get their data (DESIGN.md section 5).
+
+Whether the kernel may cache is decided at open. A cached descriptor stays cached for its life, so each of its upcalls
+needs a lock of its own. A direct one needs none: each access runs at the home under a lock held by the operation.
+"""
+
+import asyncio
+import itertools
+import os
+
+from pyfuse3 import FileHandleT, FileInfo
+
+from mxfs_fuse.nodes import Handle, Node
+from mxfs_fuse.state import State
+from mxfs_proto.lockflags import LockFlag
+from mxfs_proto.modes import LockMode
+from mxfs_proto.ops import Op, WriteFlag
+from mxfsd.io.lower import kill_priv
+
+_PR = LockMode.PR
+_PW = LockMode.PW
+_EX = LockMode.EX
+_OPEN = LockFlag.OPEN | LockFlag.ALT_UNCACHED
+_LOWER_FLAGS = os.O_APPEND | os.O_NOATIME
+
+
+class FileIO:
+    """Opens, reads, writes, closes. Raises OSError."""
+
+    def __init__(self, state: State) -> None:
+        self.state = state
+        self.handles: dict[int, Handle] = {}
+        self._next = 0
+        self._serial = itertools.count()
+        self.bytes_read = 0
+        self.bytes_written = 0
+
+    # -- opening ---------------------------------------------------------------------------------------------------
+
+    async def open(self, node: Node, flags: int) -> FileInfo:
+        """Open an existing file."""
+        state = self.state
+        writable = flags & os.O_ACCMODE != os.O_RDONLY
+        if writable:
+            state.check_writable()
+        while node.removing is not None:
+            await asyncio.shield(node.removing)
+        if state.gate is not None:
+            await state.pass_gate()
+        ino = node.fid.ino
+        self._count(node, writable, 1)
+        wanted = _EX if writable else _PR
+        try:
+            cached = state.locks.mode(ino) >= wanted
+            if not cached:
+                node.registered = node.opens
+                got = await state.locks.want(ino, wanted, _OPEN, node.opens)
+                cached = got >= wanted
+                if state.lower is None:
+                    await state.link.ship(Op.GETATTR, 0, 0, node.fid)  # ESTALE where it was removed meanwhile
+            handle = self._handle(node, flags, writable, cached)
+            if state.lower is not None:
+                self._fd(handle)
+        except BaseException:
+            self._count(node, writable, -1)
+            self._closed(node)
+            raise
+        return self._register(handle)
+
+    async def open_new(self, node: Node, flags: int, fd: int) -> FileInfo:
+        """Open a file that this node has just created; *fd*: its lower descriptor (-1: not the home)."""
+        state = self.state
+        writable = flags & os.O_ACCMODE != os.O_RDONLY
+        if state.locks.mode(node.fid.ino) != _EX:
+            if fd >= 0:
+                os.close(fd)
+            return await self.open(node, flags)
+        self._count(node, writable, 1)
+        handle = self._handle(node, flags, writable, cached=True)
+        if fd >= 0 and handle.append:
+            os.close(fd)
+            fd = -1
+        handle.fd = fd
+        return self._register(handle)
+
+    def _handle(self, node: Node, flags: int, writable: bool, cached: bool) -> Handle:
+        append = bool(flags & os.O_APPEND)
+        direct = not cached or append or bool(flags & os.O_DIRECT)
+        handle = Handle(node, flags, writable, append, direct)
+        if not direct:
+            node.may_have_pages = True
+            if writable:
+                node.cached_writers += 1
+        return handle
+
+    def _register(self, handle: Handle) -> FileInfo:
+        self._next += 1
+        self.handles[self._next] = handle
+        # Pages are dropped whenever a lock is lost: what is cached now is current, so it may stay.
+        return FileInfo(fh=self._next, direct_io=handle.direct, keep_cache=not handle.direct)
+
+    @staticmethod
+    def _count(node: Node, writable: bool, step: int) -> None:
+        if writable:
+            node.opens_w += step
+        else:
+            node.opens_r += step
+
+    def _fd(self, handle: Handle) -> int:
+        """The lower descriptor, opened (again, after a change of home) by handle."""
+        if handle.fd < 0:
+            lower = self.state.lower
+            assert lower is not None
+            access = os.O_RDWR if handle.writable else os.O_RDONLY
+            handle.fd = lower.open(handle.node.fid, access | handle.flags & _LOWER_FLAGS)
+        return handle.fd
+
+    def close_lower(self) -> None:
+        """Close every lower descriptor: this node is the home no longer."""
+        for handle in self.handles.values():
+            if handle.fd >= 0:
+                os.close(handle.fd)
+                handle.fd = -1
+
+    # -- closing ---------------------------------------------------------------------------------------------------
+
+    async def release(self, fh: FileHandleT) -> None:
+        """The last reference to a descriptor is gone."""
+        handle = self.handles.pop(fh)
+        node = handle.node
+        if handle.fd >= 0:
+            os.close(handle.fd)
+        if handle.writable and not handle.direct:
+            node.cached_writers -= 1
+        self._count(node, handle.writable, -1)
+        self._closed(node)
+
+    def _closed(self, node: Node) -> None:
+        """Report what others may be waiting to know; free an orphan after its last close."""
+        state = self.state
+        ino = node.fid.ino
+        mode = state.locks.mode(ino)
+        last = not node.opens_r and not node.opens_w
+        if mode < _PR or (last and node.registered != (0, 0)):
+            state.locks.report_opens(node)
+        if last and state.nodes.get(ino) is node:
+            if state.lower is not None:
+                if mode == _EX and not state.readonly:
+                    state.lower.reap(node.fid)
+            elif node.attr is not None and node.attr.nlink == 0:
+                state.reap(node.fid)
+            state.forget(node)
+
+    # -- data ------------------------------------------------------------------------------------------------------
+
+    async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
+        """READ upcall."""
+        handle = self.handles[fh]
+        state = self.state
+        needed = _PW if handle.node.cached_writers else _PR
+        if handle.fd >= 0 and state.gate is None and state.locks.mode(handle.ino) >= needed:
+            data = os.pread(handle.fd, size, off)
+            self.bytes_read += len(data)
+            return data
+        if handle.direct:
+            if state.gate is not None:
+                await state.pass_gate()
+            return await self._pread(handle, off, size)
+        return await self._cached_read(handle, off, size)
+
+    async def _cached_read(self, handle: Handle, off: int, size: int) -> bytes:
+        node = handle.node
+        serial = next(self._serial)
+        node.in_flight[serial] = (off, off + size)
+        try:
+            while True:
+                # A node with a cached writer fills its pages under PW only (see locks._gaps).
+                if await self._usable(node, _PW if node.cached_writers else _PR):
+                    del node.in_flight[serial]
+                    node.serving += 1
+                    try:
+                        return await self._pread(handle, off, size)
+                    finally:
+                        node.serving -= 1
+                        if node.revocation is not None:
+                            node.revocation.again = True
+        finally:
+            node.in_flight.pop(serial, None)
+
+    async def _usable(self, node: Node, needed: LockMode) -> bool:
+        """Whether an upcall of a cached descriptor may run now; waits for what is missing otherwise."""
+        state = self.state
+        ino = node.fid.ino
+        if state.gate is not None:
+            await state.pass_gate()
+        if state.locks.mode(ino) >= needed:
+            return True
+        revocation = node.revocation
+        if revocation is not None:
+            if revocation.serve and revocation.held >= needed:
+                return True
+            await revocation.wait()
+        else:
+            await state.locks.want(ino, needed)
+        return False
+
+    async def _pread(self, handle: Handle, off: int, size: int) -> bytes:
+        state = self.state
+        if state.lower is not None and (not handle.direct or state.may_read(handle.ino)):
+            data = os.pread(self._fd(handle), size, off)
+        else:
+            _, (data,) = await state.link.ship(Op.READ, 0, 0, (*handle.node.fid, off, size))
+        self.bytes_read += len(data)
+        return data
+
+    async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
+        """WRITE upcall."""
+        handle = self.handles[fh]
+        state = self.state
+        if handle.fd >= 0 and state.gate is None and state.locks.mode(handle.ino) >= _PW:
+            return self._pwrite(handle, off, buf)
+        if handle.direct:
+            if state.gate is not None:
+                await state.pass_gate()
+            if state.lower is not None and state.locks.mode(handle.ino) >= _PW:
+                return self._pwrite(handle, off, buf)
+            return await self._ship_write(handle, off, buf)
+        return await self._cached_write(handle, off, buf)
+
+    async def _cached_write(self, handle: Handle, off: int, buf: bytes) -> int:
+        node = handle.node
+        serial = next(self._serial)
+        node.in_flight[serial] = (off, off + len(buf))
+        try:
+            while True:
+                if await self._usable(node, _PW):
+                    del node.in_flight[serial]
+                    node.serving += 1
+                    try:
+                        if self.state.lower is not None:
+                            return self._pwrite(handle, off, buf)
+                        return await self._ship_write(handle, off, buf)
+                    finally:
+                        node.serving -= 1
+                        if node.revocation is not None:
+                            node.revocation.again = True
+        finally:
+            node.in_flight.pop(serial, None)
+
+    def _pwrite(self, handle: Handle, off: int, buf: bytes) -> int:
+        node = handle.node
+        fd = self._fd(handle)
+        done = os.pwrite(fd, buf, off)  # an O_APPEND descriptor appends whatever the offset
+        if node.privileged:
+            kill_priv(fd)
+            node.privileged = False
+        self.state.changed(handle.ino)
+        self.bytes_written += done
+        return done
+
+    async def _ship_write(self, handle: Handle, off: int, buf: bytes) -> int:
+        node = handle.node
+        flags = (WriteFlag.APPEND if handle.append else 0) | (WriteFlag.KILL_PRIV if node.privileged else 0)
+        node.attr = None
+        _, (_placed, done) = await self.state.link.ship(Op.WRITE, 0, 0, (*node.fid, off, flags, buf))
+        node.attr = None
+        node.privileged = False
+        self.bytes_written += done
+        return int(done)
+
+    async def fsync_node(self, node: Node, datasync: bool, is_dir: bool) -> None:
+        """Make an object durable: on the home by fsync of the lower one, elsewhere by the home."""
+        state = self.state
+        if state.gate is not None:
+            await state.pass_gate()
+        if state.lower is not None:
+            await asyncio.get_running_loop().run_in_executor(None, state.lower.sync, node.fid)
+        else:
+            await state.link.ship(Op.FSYNC, 0, 0, (*node.fid, int(datasync)))

@@ -1,0 +1,109 @@
+"""The FUSE layer's end of its two channels to the daemon: shipped operations that end exactly once, and lock messages.
+
+An operation is kept until it is answered. When the home changes, or the daemon was restarted, every unanswered one is
+sent again under the new epoch with its old sequence; the home's reply cache answers those that had been executed.
+"""
+
+import asyncio
+import errno
+import secrets
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from mxfs_proto.frames import Frame, FrameType
+from mxfs_proto.ops import Grant, Op, OpFlag, pack_request, unpack_reply
+from mxfsd.io.unixconn import UnixFrameConnection
+
+
+class _Pending:
+    __slots__ = ("future", "op", "parts")
+
+    def __init__(self, op: Op, parts: list[bytes], future: asyncio.Future[Any]) -> None:
+        self.op = op
+        self.parts = parts
+        self.future = future
+
+
+class OperationLink:
+    """Ships operations through the daemon. *on_grants* adopts the locks that came with a reply, before it is used."""
+
+    def __init__(self, on_grants: Callable[[list[Grant]], None]) -> None:
+        self.session = secrets.randbits(63) | 1
+        self.epoch = 0
+        self._seq = 0
+        self._pending: dict[int, _Pending] = {}
+        self._conn: UnixFrameConnection | None = None
+        self._on_grants = on_grants
+        self._open = False
+        self.shipped = 0
+
+    @property
+    def pending(self) -> int:
+        """Operations sent and not answered."""
+        return len(self._pending)
+
+    def attach(self, conn: UnixFrameConnection) -> None:
+        """Use this connection from now on (after a restart of the daemon: a new one)."""
+        self._conn = conn
+
+    def suspend(self) -> None:
+        """Keep operations back: the home is changing."""
+        self._open = False
+
+    def resume(self, epoch: int) -> None:
+        """Send everything unanswered to the home of *epoch*, in the order of the first sending."""
+        self.epoch = epoch
+        self._open = True
+        for seq, pending in sorted(self._pending.items()):
+            self._send(seq, pending.parts)
+
+    def _send(self, seq: int, parts: list[bytes]) -> None:
+        if self._open and self._conn is not None:
+            self._conn.send(FrameType.OP_REQ, parts, epoch=self.epoch, session=self.session, seq=seq)
+
+    async def ship(
+        self, op: Op, uid: int, gid: int, values: Sequence[Any], want_lock: bool = False
+    ) -> tuple[list[Grant], list[Any]]:
+        """Run *op* at the home; return (locks that came with the reply, reply values). Raises OSError."""
+        self._seq += 1
+        seq = self._seq
+        ack = next(iter(self._pending), seq) - 1  # insertion order is sequence order
+        parts = pack_request(op, OpFlag.WANT_LOCK if want_lock else 0, uid, gid, ack, values)
+        future: asyncio.Future[tuple[list[Grant], list[Any]]] = asyncio.get_running_loop().create_future()
+        self._pending[seq] = _Pending(op, parts, future)
+        self.shipped += 1
+        self._send(seq, parts)
+        return await future
+
+    def on_reply(self, frame: Frame) -> None:
+        """Take an OP_REPLY; one of an earlier epoch was lost on purpose (its operation was sent again)."""
+        if frame.epoch != self.epoch or frame.session != self.session:
+            return
+        pending = self._pending.pop(frame.seq, None)
+        if pending is None:
+            return
+        code, grants, values = unpack_reply(pending.op, frame.payload)
+        if grants:
+            self._on_grants(grants)
+        if pending.future.done():
+            return
+        if code:
+            error = OperationError(code, grants)
+            pending.future.set_exception(error)
+        else:
+            pending.future.set_result((grants, values))
+
+    def fail_all(self, code: int = errno.EIO) -> None:
+        """End every operation with an error: this node was put out of the volume."""
+        for pending in self._pending.values():
+            if not pending.future.done():
+                pending.future.set_exception(OperationError(code, []))
+        self._pending.clear()
+
+
+class OperationError(OSError):
+    """A shipped operation failed; ``grants`` are the locks that came with the answer all the same."""
+
+    def __init__(self, code: int, grants: list[Grant]) -> None:
+        super().__init__(code, f"shipped operation failed: {errno.errorcode.get(code, code)}")
+        self.grants = grants

@@ -1,0 +1,236 @@
+"""Runs the lock cache of this node: its effects become netlink messages, wake-ups and invalidations."""
+
+import asyncio
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from mxfs_fuse.kernel import KernelNotifier
+from mxfs_fuse.nodes import Node, Revocation
+from mxfs_proto.lockflags import LockFlag
+from mxfs_proto.modes import LockMode, covers
+from mxfs_proto.records import LockBast, LockDeny, LockGrant, LockRelease, LockReq, Opens, Record
+from mxfsd.core.lockcache import LockCache
+from mxfsd.core.lockeffects import CacheEffect, Invalidate, Later, SendRelease, SendRequest, Wake
+
+PAGE = 4096
+_THREADS = 32
+_STUCK_S = 0.002
+
+
+def now_ms() -> int:
+    """Milliseconds of this machine's monotonic clock (one for all its processes)."""
+    return time.monotonic_ns() // 1_000_000
+
+
+class LockClient:
+    """This node's locks. *send* puts a record on the netlink channel; *sync* makes local changes of an inode durable.
+
+    *nodeid_of* maps a lower inode number to the kernel's (the root is 1 there).
+    """
+
+    def __init__(
+        self,
+        nodes: dict[int, Node],
+        send: Callable[[Record], None],
+        sync: Callable[[int], Callable[[], None] | None],
+        nodeid_of: Callable[[int], int],
+        on_released: Callable[[int], None],
+    ) -> None:
+        self._nodes = nodes
+        self._send = send
+        self._sync = sync
+        self._nodeid_of = nodeid_of
+        self._on_released = on_released
+        self.cache = LockCache(False, opens_of=self._opens_of, has_cached_writer=self._has_cached_writer)
+        self.mode = self.cache.mode
+        self.seq = self.cache.seq
+        self._waits: dict[int, list[asyncio.Future[LockMode]]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="invalidate")
+        self.kernel: KernelNotifier | None = None
+        self.waits = 0
+        self.basts = 0
+        self.suspended = False
+
+    def close(self) -> None:
+        """End the invalidation threads."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    # -- what the cache asks about this node -----------------------------------------------------------------------
+
+    def _opens_of(self, ino: int) -> tuple[int, int]:
+        node = self._nodes.get(ino)
+        return node.opens if node is not None else (0, 0)
+
+    def _has_cached_writer(self, ino: int) -> bool:
+        node = self._nodes.get(ino)
+        return node is not None and node.cached_writers > 0
+
+    # -- asking ----------------------------------------------------------------------------------------------------
+
+    async def want(
+        self, ino: int, mode: LockMode, flags: LockFlag = LockFlag.NONE, opens: tuple[int, int] | None = None
+    ) -> LockMode:
+        """Ask for a lock and wait for the answer; NL: granted uncached (only with ALT_UNCACHED)."""
+        req_id, effects = self.cache.want(now_ms(), ino, mode, flags, opens)
+        future: asyncio.Future[LockMode] = asyncio.get_running_loop().create_future()
+        self._waits.setdefault(req_id, []).append(future)
+        self.waits += 1
+        self.run(effects)
+        return await future
+
+    async def acquire(self, ino: int, mode: LockMode) -> None:
+        """Return when this node holds a lock that covers *mode*."""
+        while not covers(self.mode(ino), mode):
+            await self.want(ino, mode)
+
+    def report_opens(self, node: Node) -> None:
+        """Tell the master the open counts of a file on which this node holds no lock that hides them."""
+        if node.opens != node.registered:
+            node.registered = node.opens
+            self._send(Opens(node.fid.ino, node.opens_r, node.opens_w, LockFlag.NONE))
+
+    # -- effects ---------------------------------------------------------------------------------------------------
+
+    def run(self, effects: list[CacheEffect]) -> None:
+        """Carry out what the cache decided, in order."""
+        for effect in effects:
+            if isinstance(effect, SendRequest):
+                opens = effect.opens or (0, 0)
+                if not self.suspended:
+                    self._send(LockReq(effect.req_id, effect.ino, effect.mode, effect.flags, *opens))
+            elif isinstance(effect, SendRelease):
+                node = self._nodes.get(effect.ino)
+                if node is not None:
+                    node.registered = effect.opens
+                if not self.suspended:
+                    self._send(LockRelease(effect.ino, effect.seq, effect.mode, *effect.opens))
+            elif isinstance(effect, Wake):
+                for future in self._waits.pop(effect.req_id, ()):
+                    if not future.done():
+                        if effect.errno:
+                            future.set_exception(OSError(effect.errno, os.strerror(effect.errno)))
+                        else:
+                            future.set_result(effect.mode)
+            elif isinstance(effect, Invalidate):
+                self._start_invalidation(effect)
+            elif isinstance(effect, Later):
+                delay = max(0, effect.at_ms - now_ms()) / 1000
+                asyncio.get_running_loop().call_later(delay, self._tick)
+
+    def _tick(self) -> None:
+        self.run(self.cache.tick(now_ms()))
+
+    def on_record(self, record: Record) -> None:
+        """Take a lock message from the master."""
+        now = now_ms()
+        if isinstance(record, LockGrant):
+            self.run(self.cache.on_grant(now, record.req_id, record.ino, record.mode, record.seq, record.flags))
+        elif isinstance(record, LockBast):
+            self.basts += 1
+            self.run(self.cache.on_bast(now, record.ino, record.seq, record.mode, record.flags))
+        elif isinstance(record, LockDeny):
+            self.run(self.cache.on_deny(now, record.req_id, record.ino, record.errno))
+
+    # -- a change of home ------------------------------------------------------------------------------------------
+
+    def suspend(self) -> None:
+        """Send nothing more to the home that is going; messages of its own no longer count either."""
+        self.suspended = True
+
+    def resume(self) -> None:
+        """Ask the new home for everything that is still wanted."""
+        self.suspended = False
+        self.run(self.cache.resend(now_ms()))
+        for node in self._nodes.values():
+            if node.opens != node.registered and not covers(self.mode(node.fid.ino), LockMode.PR):
+                self.report_opens(node)
+
+    # -- invalidation ----------------------------------------------------------------------------------------------
+
+    def _start_invalidation(self, effect: Invalidate) -> None:
+        task = asyncio.get_running_loop().create_task(self._revoke(effect.ino, effect.target))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _revoke(self, ino: int, target: LockMode) -> None:
+        """Make the kernel drop what *target* does not cover, make local changes durable, then release."""
+        node = self._nodes.get(ino)
+        keeps = covers(target, LockMode.PR)
+        if not keeps:
+            self._on_released(ino)
+        if node is not None and not keeps:
+            node.forget_cached()
+            if node.may_have_pages:
+                await self._drop_pages(node)
+            else:
+                await self._in_thread(self._drop_attributes, ino)
+        sync = self._sync(ino)
+        if sync is not None:
+            # What cannot be made durable must not be seen by another node: an error here keeps the lock.
+            await self._in_thread(sync)
+        self.run(self.cache.invalidated(now_ms(), ino))
+        if node is not None and node.revocation is not None:
+            revocation, node.revocation = node.revocation, None
+            revocation.wake()
+
+    async def _drop_pages(self, node: Node) -> None:
+        """Invalidate all pages, repeated until no upcall was answered during a pass.
+
+        Upcalls that arrive now are held back, so the number of passes is bounded by the threads that use the file.
+        Only where a pass gets stuck, on a folio that one of them has locked, are they answered, under the lock still
+        held.
+        """
+        ino = node.fid.ino
+        revocation = node.revocation = Revocation(self.cache.data_mode(ino))
+        while True:
+            revocation.again = False
+            while node.serving:
+                await asyncio.sleep(0)
+            revocation.serve = False
+            gaps = _gaps(node.in_flight)
+            work = asyncio.ensure_future(self._in_thread(self._invalidate_ranges, ino, gaps))
+            while not (await asyncio.wait((work,), timeout=_STUCK_S))[0]:
+                revocation.serve = True
+                revocation.wake()
+            work.result()
+            if not revocation.again:
+                break
+        if not node.in_flight and not node.opens_r and not node.opens_w:
+            node.may_have_pages = False
+
+    async def _in_thread(self, work: Callable[..., None], *args: object) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._pool, work, *args)
+
+    def _drop_attributes(self, ino: int) -> None:
+        if self.kernel is not None:
+            if self.kernel.has_epoch:
+                self.kernel.inc_epoch()
+            self.kernel.inval_attributes(self._nodeid_of(ino))
+
+    def _invalidate_ranges(self, ino: int, ranges: list[tuple[int, int]]) -> None:
+        if self.kernel is not None:
+            for offset, length in ranges:
+                self.kernel.inval_pages(self._nodeid_of(ino), offset, length)
+
+
+def _gaps(in_flight: dict[int, tuple[int, int]]) -> list[tuple[int, int]]:
+    """The page ranges (offset, length; length 0: to the end) that no waiting upcall has locked.
+
+    Folios of a waiting READ are locked and not up to date: nobody reads stale data from them, and waiting for them here
+    could wait for ever. A WRITE waits only where this node's lock was not one for writing, and then nothing but that
+    WRITE's own data is in its folios (a node with a cached writer fills pages under PW only).
+    """
+    if not in_flight:
+        return [(0, 0)]
+    gaps = []
+    at = 0
+    for start, end in sorted(in_flight.values()):
+        start = start // PAGE * PAGE
+        if start > at:
+            gaps.append((at, start - at))
+        at = max(at, -(-end // PAGE) * PAGE)
+    gaps.append((at, 0))
+    return gaps

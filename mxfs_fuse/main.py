@@ -1,0 +1,311 @@
+"""The FUSE process of one mount: connects to the daemon, mounts, serves until it is unmounted."""
+
+import argparse
+import asyncio
+import os
+import signal
+import struct
+import sys
+import uuid
+from typing import Any
+
+import pyfuse3
+import pyfuse3.asyncio
+import structlog
+
+from mxfs_fuse.kernel import KernelNotifier, fuse_device_fd
+from mxfs_fuse.locks import now_ms
+from mxfs_fuse.operations import Operations
+from mxfs_fuse.state import State
+from mxfs_proto.errors import IoFailure, MxfsError, PeerError
+from mxfs_proto.frames import Frame, FrameType, pack_json, pack_reclaim, unpack_json
+from mxfs_proto.ondisk import volume_id
+from mxfs_proto.ops import Fid
+from mxfs_proto.records import (
+    DaemonReady,
+    LockBast,
+    LockDeny,
+    LockGrant,
+    NodeStatus,
+    Record,
+    RecoveryDone,
+    RecoveryStart,
+)
+from mxfsd import log as logging
+from mxfsd.core.epochs import first_seq
+from mxfsd.io.lower import Lower
+from mxfsd.io.netlink import NetlinkEndpoint
+from mxfsd.io.unixconn import UnixFrameConnection, connect_unix
+
+log = structlog.get_logger(__name__)
+
+_MAX_TASKS = 1 << 20
+"""Upcalls served at once: one that waits for a lock must never keep the one out that the lock's holder needs."""
+_RECLAIM_ROWS = 50_000
+_CONNECT_TRIES = 200
+
+
+class Server:
+    """Ties the channels to the state: hand-shake, recovery, leases."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._args = args
+        self._volume = uuid.UUID(args.volume)
+        self._conn: UnixFrameConnection | None = None
+        self._netlink = NetlinkEndpoint(self._on_record, volume_id(self._volume.bytes))
+        self._welcome: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        self._resume: tuple[dict[str, Any], int] | None = None
+        self._recorded: list[int] = []
+        self._done_epoch = 0
+        self._held_back: list[Record] | None = None
+        self._node = 0
+        self.state: State | None = None
+        self.operations: Operations | None = None
+        self._lease_timer: asyncio.TimerHandle | None = None
+        self._lost = asyncio.Event()
+
+    # -- start -----------------------------------------------------------------------------------------------------
+
+    async def connect(self) -> None:
+        """Meet the daemon; return when operations may be served."""
+        for _ in range(_CONNECT_TRIES):
+            try:
+                self._conn = connect_unix(self._args.socket, self._frame_came, self._on_lost)
+                break
+            except IoFailure:
+                await asyncio.sleep(0.02)
+        else:
+            raise PeerError(f"{self._args.socket}: no daemon answers")
+        portid = self._netlink.open()
+        self._conn.send(FrameType.FUSE_HELLO, [pack_json({"portid": portid, "pid": os.getpid()})])
+        fields = await self._welcome
+        self._node = int(fields["node"])
+        root = Fid(*fields["root"])
+        self.state = State(root, int(fields["kernel_cache_ms"]), bool(fields["readonly"]), self._netlink.send)
+        self.state.link.attach(self._conn)
+        self.operations = Operations(self.state)
+        logging.context.volume = str(self._volume)
+        logging.context.node = str(fields["name"])
+        self._netlink.connect(int(fields["portid"]))
+
+    async def serve(self) -> None:
+        """Mount and serve until the mount is gone."""
+        assert self.state is not None and self.operations is not None and self._conn is not None
+        while self.state.gate is not None:
+            await self.state.gate.wait()
+        options = {f"fsname={self._args.fsname}", "subtype=mxfs", "default_permissions", "allow_other"}
+        options.update(word for word in self._args.options.split(",") if word)
+        pyfuse3.asyncio.enable()
+        pyfuse3.init(self.operations, self._args.mountpoint, options)
+        try:
+            kernel = KernelNotifier(fuse_device_fd())
+            self.state.kernel = self.state.locks.kernel = kernel
+            loop = asyncio.get_running_loop()
+            main = loop.create_task(pyfuse3.main(max_tasks=_MAX_TASKS))
+            await self._answers()
+            self._conn.send(FrameType.FUSE_READY, [pack_json({"pid": os.getpid()})])
+            log.info("mounted", mountpoint=self._args.mountpoint, entry_epochs=kernel.has_epoch)
+            lost = loop.create_task(self._lost.wait())
+            await asyncio.wait((main, lost), return_when=asyncio.FIRST_COMPLETED)
+            if main.done():
+                main.result()
+            else:
+                log.error("the daemon is gone")
+                self.state.link.fail_all()
+                pyfuse3.terminate()
+            lost.cancel()
+        finally:
+            pyfuse3.close(unmount=True)
+
+    async def _answers(self) -> None:
+        """Return when the mount answers: a stat of its root through the kernel, from a thread."""
+        await asyncio.get_running_loop().run_in_executor(None, os.stat, self._args.mountpoint)
+
+    def close(self) -> None:
+        """Say good-bye to the daemon."""
+        if self.operations is not None:
+            self.operations.io.close_lower()
+        if self.state is not None:
+            self.state.locks.close()
+            if self.state.lower is not None:
+                self.state.lower.close()
+        if self._conn is not None:
+            self._conn.send(FrameType.FUSE_BYE, [pack_json({})])
+            self._conn.close()
+        self._netlink.close()
+
+    def _on_lost(self, _conn: UnixFrameConnection, _error: MxfsError | None) -> None:
+        self._lost.set()
+        if not self._welcome.done():
+            self._welcome.set_exception(PeerError("the daemon closed the connection"))
+
+    # -- frames ----------------------------------------------------------------------------------------------------
+
+    def _frame_came(self, _conn: UnixFrameConnection, frame: Frame) -> None:
+        if frame.type is FrameType.OP_REPLY:
+            assert self.state is not None
+            self.state.link.on_reply(frame)
+        elif frame.type is FrameType.WELCOME:
+            self._welcome.set_result(unpack_json(frame.payload))
+        elif frame.type is FrameType.RECLAIM:
+            self._recorded = list(struct.unpack(f"!{len(frame.payload) // 8}Q", frame.payload))
+        elif frame.type is FrameType.RESUME:
+            assert self._conn is not None
+            fields = unpack_json(frame.payload)
+            self._resume = (fields, self._conn.take_fds(1)[0] if fields["implicit"] else -1)
+            self._try_resume()
+        elif frame.type is FrameType.FREEZE:
+            self._leave_lower()
+
+    # -- records ---------------------------------------------------------------------------------------------------
+
+    def _on_record(self, record: Record) -> None:
+        state = self.state
+        assert state is not None
+        if self._held_back is not None:
+            self._held_back.append(record)  # RECOVERY_DONE came before the RESUME it belongs to
+            return
+        if isinstance(record, LockGrant | LockBast | LockDeny):
+            state.locks.on_record(record)
+        elif isinstance(record, NodeStatus):
+            self._on_status(record)
+        elif isinstance(record, RecoveryStart):
+            if record.node:
+                self._reclaim(record.epoch)
+            else:
+                self._freeze()
+        elif isinstance(record, RecoveryDone):
+            self._done_epoch = record.epoch
+            self._held_back = []
+            self._try_resume()
+        elif isinstance(record, DaemonReady):
+            log.debug("daemon ready", daemon_pid=record.daemon_pid)
+
+    def _on_status(self, record: NodeStatus) -> None:
+        """Our lease, renewed: until when what we cache may be used."""
+        state = self.state
+        assert state is not None
+        if record.node != self._node:
+            return
+        state.lease_until_ms = max(state.lease_until_ms, now_ms() + record.lease_ms)
+        if self._lease_timer is not None:
+            self._lease_timer.cancel()
+        delay = max(0, state.lease_until_ms - now_ms()) / 1000
+        self._lease_timer = asyncio.get_running_loop().call_later(delay, self._lease_over)
+        if state.gate is not None and self._gate_is_lease:
+            self._gate_is_lease = False
+            state.open_gate()
+
+    _gate_is_lease = False
+
+    def _lease_over(self) -> None:
+        """Nothing was heard from the home for a lease: what is cached here may be old from now on."""
+        state = self.state
+        assert state is not None
+        if state.gate is None:
+            log.warning("lease over: operations wait until the home is heard again")
+            state.close_gate()
+            self._gate_is_lease = True
+        for node in state.nodes.values():
+            node.forget_cached()
+        asyncio.get_running_loop().run_in_executor(None, self._drop_kernel_caches, list(state.nodes))
+
+    def _drop_kernel_caches(self, inos: list[int]) -> None:
+        """In a thread: make the kernel forget everything."""
+        state = self.state
+        if state is None or state.kernel is None:
+            return
+        state.kernel.inc_epoch()
+        for ino in inos:
+            state.kernel.inval_pages(state.nodeid_of(ino), 0, 0)
+
+    # -- a change of home ------------------------------------------------------------------------------------------
+
+    def _freeze(self) -> None:
+        state = self.state
+        assert state is not None
+        state.close_gate()
+        self._gate_is_lease = False
+        state.link.suspend()
+        state.locks.suspend()
+
+    def _leave_lower(self) -> None:
+        """The home is about to unmount: close everything below."""
+        state = self.state
+        assert state is not None and self.operations is not None and self._conn is not None
+        self._freeze()
+        self.operations.io.close_lower()
+        lower, state.lower = state.lower, None
+        if lower is not None:
+            lower.close()
+        self._conn.send(FrameType.FREEZE, [pack_json({})])
+
+    def _reclaim(self, epoch: int) -> None:
+        """Every message of the old home has come: say what this node holds and has open."""
+        state = self.state
+        assert state is not None and self._conn is not None
+        self._freeze()
+        state.link.epoch = epoch
+        rows = state.held_rows()
+        state.locks.cache.set_implicit(False)
+        state.locks.cache.new_epoch(first_seq(epoch))
+        for at in range(0, len(rows), _RECLAIM_ROWS):
+            self._conn.send(FrameType.RECLAIM, [pack_reclaim(rows[at : at + _RECLAIM_ROWS])], epoch=epoch)
+        self._conn.send(FrameType.RECLAIM_DONE, [pack_json({"rows": len(rows)})], epoch=epoch)
+
+    def _try_resume(self) -> None:
+        """Go on once both the RESUME (socket) and the RECOVERY_DONE (netlink) of an epoch are here."""
+        state = self.state
+        if self._resume is None or state is None or int(self._resume[0]["epoch"]) != self._done_epoch:
+            return
+        (fields, mount_fd), self._resume = self._resume, None
+        if mount_fd >= 0:
+            state.lower = Lower(mount_fd)
+        implicit = bool(fields["implicit"])
+        state.locks.cache.new_epoch(first_seq(self._done_epoch))
+        state.locks.cache.set_implicit(implicit, self._recorded if implicit else ())
+        if implicit:
+            for node in state.nodes.values():
+                node.forget_cached()
+        logging.context.epoch = self._done_epoch
+        state.link.resume(self._done_epoch)
+        state.locks.resume()
+        held_back, self._held_back = self._held_back or [], None
+        for record in held_back:
+            self._on_record(record)
+        state.open_gate()
+
+
+async def _run(args: argparse.Namespace) -> int:
+    server = Server(args)
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, pyfuse3.terminate)
+    try:
+        await server.connect()
+        await server.serve()
+    except (MxfsError, OSError, RuntimeError) as exc:
+        log.error("the FUSE layer failed", reason=str(exc))
+        if server._conn is not None:
+            server._conn.send(FrameType.REFUSE, [pack_json({"reason": str(exc)})])
+        return 1
+    finally:
+        server.close()
+    return 0
+
+
+def main() -> int:
+    """Entry point: ``python -m mxfs_fuse.main``, started by the daemon."""
+    parser = argparse.ArgumentParser(prog="mxfs_fuse")
+    parser.add_argument("--socket", required=True)
+    parser.add_argument("--mountpoint", required=True)
+    parser.add_argument("--volume", required=True)
+    parser.add_argument("--fsname", required=True)
+    parser.add_argument("--options", default="")
+    parser.add_argument("--log", default="info")
+    args = parser.parse_args()
+    logging.configure(level=args.log)
+    return asyncio.run(_run(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

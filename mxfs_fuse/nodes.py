@@ -1,0 +1,128 @@
+"""What the FUSE layer remembers of an inode that the kernel knows, and of an open descriptor."""
+
+import asyncio
+from collections.abc import Sequence
+from typing import TypeAlias
+
+from mxfs_proto.modes import LockMode
+from mxfs_proto.ops import Attr, Fid
+
+Names: TypeAlias = dict[bytes, Fid | None]
+"""Directory entries by name; None is a name that is known not to be there."""
+
+
+class Revocation:
+    """A cached lock on its way out: how READ and WRITE upcalls behave meanwhile (docs/architecture.md)."""
+
+    __slots__ = ("_waiters", "again", "held", "serve")
+
+    def __init__(self, held: LockMode) -> None:
+        self.held = held
+        self.serve = False
+        """Upcalls are answered under the lock still held: the invalidation waits for folios of theirs."""
+        self.again = False
+        """One was answered since the pass began: its folios must be invalidated too."""
+        self._waiters: list[asyncio.Future[None]] = []
+
+    async def wait(self) -> None:
+        """Return when the lock may be used once more, or is gone."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters.append(future)
+        await future
+
+    def wake(self) -> None:
+        """Let the waiting upcalls look again."""
+        waiters, self._waiters = self._waiters, []
+        for future in waiters:
+            if not future.done():
+                future.set_result(None)
+
+
+class Node:
+    """An inode that the kernel has looked up (``nlookup`` > 0) or has open."""
+
+    __slots__ = (
+        "attr",
+        "attr_seq",
+        "cached_writers",
+        "confirmed",
+        "fid",
+        "in_flight",
+        "may_have_pages",
+        "names",
+        "names_seq",
+        "nlookup",
+        "opens_r",
+        "opens_w",
+        "privileged",
+        "registered",
+        "removing",
+        "revocation",
+        "serving",
+    )
+
+    def __init__(self, fid: Fid) -> None:
+        self.fid = fid
+        self.nlookup = 0
+        self.confirmed = False
+        """The kernel has named this inode in a request, so that it has one that an invalidation finds. Before that, the
+        attributes of a lookup's reply might be put into an inode made after the invalidation: they get no timeout."""
+        self.attr: Attr | None = None
+        self.attr_seq = -1
+        """Grant sequence of the PR (or stronger) lock that ``attr`` was read under."""
+        self.names: Names | None = None
+        self.names_seq = -1
+        self.opens_r = 0
+        self.opens_w = 0
+        self.cached_writers = 0
+        self.registered = (0, 0)
+        """The open counts that the master was told last."""
+        self.may_have_pages = False
+        self.privileged = False
+        """Its mode has set-id bits: a write takes them away."""
+        self.in_flight: dict[int, tuple[int, int]] = {}
+        """READ and WRITE upcalls of cached descriptors that wait: serial -> (offset, end). The kernel may hold their
+        folios locked."""
+        self.serving = 0
+        """READ and WRITE upcalls that run just now under the lock."""
+        self.revocation: Revocation | None = None
+        self.removing: asyncio.Future[None] | None = None
+        """Its last name may be going away just now: opens wait."""
+
+    @property
+    def opens(self) -> tuple[int, int]:
+        """Descriptors open for reading, for writing."""
+        return (self.opens_r, self.opens_w)
+
+    def forget_cached(self) -> None:
+        """Drop what was read under a lock that is no longer held."""
+        self.attr = None
+        self.names = None
+
+
+class Handle:
+    """An open regular file."""
+
+    __slots__ = ("append", "direct", "fd", "flags", "ino", "node", "writable")
+
+    def __init__(self, node: Node, flags: int, writable: bool, append: bool, direct: bool) -> None:
+        self.node = node
+        self.ino = node.fid.ino
+        self.flags = flags
+        self.writable = writable
+        self.append = append
+        self.direct = direct
+        self.fd = -1
+        """Descriptor of the lower file, on the home; -1: not opened yet, or not the home."""
+
+
+class DirHandle:
+    """An open directory: the listing that its current pass goes through."""
+
+    __slots__ = ("entries", "losses", "node")
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+        self.entries: Sequence[tuple[bytes, Attr | None]] | None = None
+        self.losses = 0
+        """``State.losses`` when the listing was taken."""

@@ -1,0 +1,697 @@
+"""The operations of the stacking layer, written against pyfuse3's interface.
+
+Each has two ways. The **local** way, on the home, where this node's lock covers the operation: a few system calls on
+the lower XFS, in one piece, no message. The **shipped** way, everywhere else: the home runs it (``mxfsd/home.py``).
+What a reply says is kept only while the lock is held that came with it (same grant sequence).
+"""
+
+import asyncio
+import errno
+import functools
+import os
+import stat
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, ParamSpec, TypeVar, cast
+
+import pyfuse3
+from pyfuse3 import EntryAttributes, FileHandleT, FileInfo, FUSEError, InodeT, RequestContext, SetattrFields
+
+from mxfs_fuse.fileio import FileIO
+from mxfs_fuse.link import OperationError
+from mxfs_fuse.nodes import DirHandle, Handle, Node
+from mxfs_fuse.state import State
+from mxfs_proto.errors import MxfsError
+from mxfs_proto.ops import NO_FID, Attr, Entry, Fid, Grant, Op, Valid, unpack_entries
+from mxfsd.io.lower import Lower
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+_ANYBODY = 0
+_PRIVILEGED = stat.S_ISUID | stat.S_ISGID
+_PAGE_OF_ENTRIES = 2048
+
+
+def _errno_boundary(operation: Callable[_P, Coroutine[Any, Any, _T]]) -> Callable[_P, Coroutine[Any, Any, _T]]:
+    """The one place where our errors become the errno that the application sees."""
+
+    @functools.wraps(operation)
+    async def guarded(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        try:
+            return await operation(*args, **kwargs)
+        except (OSError, MxfsError) as exc:
+            raise FUSEError(exc.errno or errno.EIO) from None
+
+    return guarded
+
+
+class Operations(pyfuse3.Operations):
+    """Every operation that pyfuse3 offers."""
+
+    supports_dot_lookup = False
+    enable_writeback_cache = False
+    enable_acl = True
+
+    def __init__(self, state: State) -> None:
+        super().__init__()
+        self.state = state
+        self.io = FileIO(state)
+        self._dirs: dict[int, DirHandle] = {}
+        self._next_dir = 0
+
+    # -- replies ---------------------------------------------------------------------------------------------------
+
+    def _entry(self, attr: Attr, attr_ttl: float, entry_ttl: float) -> EntryAttributes:
+        entry = EntryAttributes()
+        entry.st_ino = self.state.nodeid_of(attr[0])
+        entry.generation = attr[1]
+        entry.st_mode = cast(Any, attr[2])
+        entry.st_nlink = attr[3]
+        entry.st_uid = attr[4]
+        entry.st_gid = attr[5]
+        entry.st_rdev = attr[6]
+        entry.st_size = attr[7]
+        entry.st_blocks = attr[8]
+        entry.st_blksize = 4096
+        entry.st_atime_ns = attr[9]
+        entry.st_mtime_ns = attr[10]
+        entry.st_ctime_ns = attr[11]
+        entry.attr_timeout = attr_ttl
+        entry.entry_timeout = entry_ttl
+        return entry
+
+    def _absent(self, entry_ttl: float) -> EntryAttributes:
+        """A negative entry: the kernel remembers that there is no such name."""
+        if entry_ttl <= 0:
+            raise FUSEError(errno.ENOENT)
+        entry = EntryAttributes()
+        entry.st_ino = 0
+        entry.entry_timeout = entry_ttl
+        return entry
+
+    def _looked_up(self, attr: Attr, parent: Node) -> EntryAttributes:
+        """The reply to a lookup or creation: the kernel now counts one more reference."""
+        state = self.state
+        node = state.known(Fid(attr[0], attr[1]))
+        node.nlookup += 1
+        if attr[2] & _PRIVILEGED:
+            node.privileged = True
+        ttl = state.ttl()
+        # A just-looked-up inode may not exist in the kernel yet, where an invalidation would miss it (nodes.Node).
+        attr_ttl = ttl if node.confirmed and state.may_read(attr[0]) else 0.0
+        return self._entry(attr, attr_ttl, state.entry_ttl(ttl, parent.fid.ino))
+
+    # -- looking ---------------------------------------------------------------------------------------------------
+
+    @_errno_boundary
+    async def lookup(self, parent_inode: InodeT, name: bytes, ctx: RequestContext) -> EntryAttributes:
+        state = self.state
+        parent = state.node(parent_inode)
+        parent.confirmed = True
+        if state.gate is not None:
+            await state.pass_gate()
+        ino = parent.fid.ino
+        if state.may_read(ino):
+            if state.lower is not None:
+                try:
+                    attr = state.lower.lookup(parent.fid, name)
+                except FileNotFoundError:
+                    return self._absent(state.entry_ttl(state.ttl(), ino))
+                if state.may_read(attr.ino):
+                    return self._looked_up(attr, parent)
+            elif parent.names is not None and parent.names_seq == state.locks.seq(ino) and name in parent.names:
+                fid = parent.names[name]
+                if fid is None:
+                    return self._absent(state.entry_ttl(state.ttl(), ino))
+                node = state.nodes.get(fid.ino)
+                if node is not None and node.fid == fid and state.attr_holds(node):
+                    return self._looked_up(cast(Attr, node.attr), parent)
+        return await self._ship_lookup(parent, name)
+
+    async def _ship_lookup(self, parent: Node, name: bytes) -> EntryAttributes:
+        state = self.state
+        try:
+            grants, (attr,) = await state.link.ship(Op.LOOKUP, _ANYBODY, _ANYBODY, (*parent.fid, name), want_lock=True)
+        except OperationError as exc:
+            if exc.errno != errno.ENOENT:
+                raise
+            self._remember_name(parent, name, None, exc.grants)
+            return self._absent(state.entry_ttl(state.ttl(), parent.fid.ino))
+        fid = Fid(attr.ino, attr.gen)
+        self._remember_name(parent, name, fid, grants)
+        reply = self._looked_up(attr, parent)
+        state.remember_attr(state.known(fid), attr, grants)
+        return reply
+
+    def _remember_name(self, parent: Node, name: bytes, fid: Fid | None, grants: list[Grant]) -> None:
+        state = self.state
+        if state.lower is not None:
+            return
+        ino = parent.fid.ino
+        seq = state.locks.seq(ino)
+        if any(grant.ino == ino and grant.seq == seq for grant in grants) and state.may_read(ino):
+            if parent.names is None or parent.names_seq != seq:
+                parent.names = {}
+                parent.names_seq = seq
+            parent.names[name] = fid
+
+    @_errno_boundary
+    async def getattr(self, inode: InodeT, ctx: RequestContext | None = None) -> EntryAttributes:
+        state = self.state
+        node = state.node(inode)
+        node.confirmed = True
+        if state.gate is not None:
+            await state.pass_gate()
+        attr, held = await self._attr(node)
+        return self._entry(attr, state.ttl() if held else 0.0, 0.0)
+
+    async def _attr(self, node: Node) -> tuple[Attr, bool]:
+        """Attributes, and whether a lock is held that lets the kernel keep them."""
+        state = self.state
+        ino = node.fid.ino
+        if state.may_read(ino):
+            if state.lower is not None:
+                attr = state.lower.getattr(node.fid)
+                if attr.nlink == 1 and (node.opens_r or node.opens_w) and state.lower.is_orphan(node.fid):
+                    attr = attr._replace(nlink=0)
+                return attr, True
+            if state.attr_holds(node):
+                return cast(Attr, node.attr), True
+        grants, (attr,) = await state.link.ship(Op.GETATTR, _ANYBODY, _ANYBODY, node.fid, want_lock=True)
+        state.remember_attr(node, attr, grants)
+        return attr, state.granted(grants, ino) and state.may_read(ino)
+
+    @_errno_boundary
+    async def readlink(self, inode: InodeT, ctx: RequestContext) -> bytes:
+        state = self.state
+        node = state.node(inode)
+        if state.gate is not None:
+            await state.pass_gate()
+        if state.lower is not None and state.may_read(node.fid.ino):
+            return state.lower.readlink(node.fid)
+        _, (target,) = await state.link.ship(Op.READLINK, _ANYBODY, _ANYBODY, node.fid)
+        return cast(bytes, target)
+
+    async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
+        """The kernel dropped references; an inode without any is forgotten, its lock given back."""
+        state = self.state
+        for inode, count in inode_list:
+            ino = state.ino_of(inode)
+            node = state.nodes.get(ino)
+            if node is None:
+                continue
+            node.nlookup -= count
+            if node.nlookup <= 0:
+                state.forget(node)
+
+    @_errno_boundary
+    async def statfs(self, ctx: RequestContext) -> pyfuse3.StatvfsData:
+        state = self.state
+        if state.gate is not None:
+            await state.pass_gate()
+        values: Sequence[int]
+        if state.lower is not None:
+            values = state.lower.statfs()
+        else:
+            _, values = await state.link.ship(Op.STATFS, _ANYBODY, _ANYBODY, ())
+        data = pyfuse3.StatvfsData()
+        (
+            data.f_bsize,
+            data.f_frsize,
+            data.f_blocks,
+            data.f_bfree,
+            data.f_bavail,
+            data.f_files,
+            data.f_ffree,
+            data.f_favail,
+            data.f_namemax,
+        ) = values
+        return data
+
+    async def access(self, inode: InodeT, mode: int, ctx: RequestContext) -> bool:
+        """The kernel checks permissions itself (default_permissions)."""
+        return True
+
+    # -- changing attributes ---------------------------------------------------------------------------------------
+
+    @_errno_boundary
+    async def setattr(
+        self, inode: InodeT, attr: EntryAttributes, fields: SetattrFields, fh: FileHandleT | None, ctx: RequestContext
+    ) -> EntryAttributes:
+        state = self.state
+        node = state.node(inode)
+        node.confirmed = True
+        if state.gate is not None:
+            await state.pass_gate()
+        valid = 0
+        valid |= Valid.MODE if fields.update_mode else 0
+        valid |= Valid.UID if fields.update_uid else 0
+        valid |= Valid.GID if fields.update_gid else 0
+        valid |= Valid.SIZE if fields.update_size else 0
+        valid |= Valid.ATIME if fields.update_atime else 0
+        valid |= Valid.MTIME if fields.update_mtime else 0
+        if fields.update_size and node.privileged and ctx.uid != 0:
+            valid |= Valid.KILL_PRIV
+        if fields.update_mode and attr.st_mode & _PRIVILEGED:
+            node.privileged = True
+        values = (
+            valid,
+            attr.st_mode if fields.update_mode else 0,
+            attr.st_uid if fields.update_uid else 0,
+            attr.st_gid if fields.update_gid else 0,
+            attr.st_size if fields.update_size else 0,
+            attr.st_atime_ns if fields.update_atime else 0,
+            attr.st_mtime_ns if fields.update_mtime else 0,
+        )
+        new = await self._setattr(node, values)
+        return self._entry(new, state.ttl() if state.may_read(node.fid.ino) else 0.0, 0.0)
+
+    async def _setattr(self, node: Node, values: tuple[int, ...]) -> Attr:
+        state = self.state
+        ino = node.fid.ino
+        if state.lower is not None and state.may_change(ino):
+            state.check_writable()
+            new = state.lower.setattr(node.fid, *values)
+            state.changed(ino)
+            if node.opens_r or node.opens_w:
+                return (await self._attr(node))[0]
+            return new
+        node.attr = None
+        _, (shipped,) = await state.link.ship(Op.SETATTR, _ANYBODY, _ANYBODY, (*node.fid, *values))
+        node.attr = None
+        return cast(Attr, shipped)
+
+    @_errno_boundary
+    async def setxattr(self, inode: InodeT, name: bytes, value: bytes, ctx: RequestContext) -> None:
+        state = self.state
+        node = state.node(inode)
+        if state.gate is not None:
+            await state.pass_gate()
+        if state.lower is not None and state.may_change(node.fid.ino):
+            state.check_writable()
+            state.lower.setxattr(node.fid, name, value, 0)
+            state.changed(node.fid.ino)
+            return
+        node.attr = None
+        await state.link.ship(Op.SETXATTR, _ANYBODY, _ANYBODY, (*node.fid, name, value, 0))
+        node.attr = None
+
+    @_errno_boundary
+    async def getxattr(self, inode: InodeT, name: bytes, ctx: RequestContext) -> bytes:
+        state = self.state
+        node = state.node(inode)
+        if state.gate is not None:
+            await state.pass_gate()
+        if state.lower is not None and state.may_read(node.fid.ino):
+            return state.lower.getxattr(node.fid, name)
+        _, (value,) = await state.link.ship(Op.GETXATTR, _ANYBODY, _ANYBODY, (*node.fid, name))
+        return cast(bytes, value)
+
+    @_errno_boundary
+    async def listxattr(self, inode: InodeT, ctx: RequestContext) -> Sequence[bytes]:
+        state = self.state
+        node = state.node(inode)
+        if state.gate is not None:
+            await state.pass_gate()
+        if state.lower is not None and state.may_read(node.fid.ino):
+            return state.lower.listxattr(node.fid)
+        _, (names,) = await state.link.ship(Op.LISTXATTR, _ANYBODY, _ANYBODY, node.fid)
+        return cast(bytes, names).split(b"\0")[:-1]
+
+    @_errno_boundary
+    async def removexattr(self, inode: InodeT, name: bytes, ctx: RequestContext) -> None:
+        state = self.state
+        node = state.node(inode)
+        if state.gate is not None:
+            await state.pass_gate()
+        if state.lower is not None and state.may_change(node.fid.ino):
+            state.check_writable()
+            state.lower.removexattr(node.fid, name)
+            state.changed(node.fid.ino)
+            return
+        node.attr = None
+        await state.link.ship(Op.REMOVEXATTR, _ANYBODY, _ANYBODY, (*node.fid, name))
+        node.attr = None
+
+    # -- making ----------------------------------------------------------------------------------------------------
+
+    async def _make(
+        self, parent_inode: InodeT, name: bytes, ctx: RequestContext, op: Op, local: str, values: tuple[Any, ...]
+    ) -> EntryAttributes:
+        """MKNOD, MKDIR and SYMLINK, which differ in their arguments only."""
+        state = self.state
+        parent = state.node(parent_inode)
+        if state.gate is not None:
+            await state.pass_gate()
+        if state.lower is not None and state.may_change(parent.fid.ino):
+            state.check_writable()
+            attr = getattr(state.lower, local)(parent.fid, name, *values, ctx.uid, ctx.gid)
+            state.changed(parent.fid.ino, attr.ino)
+            return self._looked_up(attr, parent)
+        return await self._ship_make(parent, name, ctx, op, values)
+
+    async def _ship_make(
+        self, parent: Node, name: bytes, ctx: RequestContext, op: Op, values: tuple[Any, ...]
+    ) -> EntryAttributes:
+        grants, (attr,) = await self.state.link.ship(op, ctx.uid, ctx.gid, (*parent.fid, name, *values), want_lock=True)
+        return self._shipped_new(parent, name, attr, grants)
+
+    def _shipped_new(self, parent: Node, name: bytes, attr: Attr, grants: list[Grant]) -> EntryAttributes:
+        """What a shipped operation on *parent* made under *name* becomes known here."""
+        fid = Fid(attr.ino, attr.gen)
+        parent.attr = None
+        self._name_changed(parent, name, fid, grants)
+        reply = self._looked_up(attr, parent)
+        self.state.remember_attr(self.state.known(fid), attr, grants)
+        return reply
+
+    def _name_changed(self, parent: Node, name: bytes, fid: Fid | None, grants: list[Grant]) -> None:
+        """An operation of this node's changed *name*: entries known so far stay known under the lock it kept."""
+        if parent.names is not None:
+            parent.names.pop(name, None)
+        self._remember_name(parent, name, fid, grants)
+
+    @_errno_boundary
+    async def mknod(
+        self, parent_inode: InodeT, name: bytes, mode: int, rdev: int, ctx: RequestContext
+    ) -> EntryAttributes:
+        return await self._make(parent_inode, name, ctx, Op.MKNOD, "mknod", (mode, rdev))
+
+    @_errno_boundary
+    async def mkdir(self, parent_inode: InodeT, name: bytes, mode: int, ctx: RequestContext) -> EntryAttributes:
+        return await self._make(parent_inode, name, ctx, Op.MKDIR, "mkdir", (stat.S_IMODE(mode),))
+
+    @_errno_boundary
+    async def symlink(self, parent_inode: InodeT, name: bytes, target: bytes, ctx: RequestContext) -> EntryAttributes:
+        return await self._make(parent_inode, name, ctx, Op.SYMLINK, "symlink", (target,))
+
+    @_errno_boundary
+    async def link(
+        self, inode: InodeT, new_parent_inode: InodeT, new_name: bytes, ctx: RequestContext
+    ) -> EntryAttributes:
+        state = self.state
+        node = state.node(inode)
+        parent = state.node(new_parent_inode)
+        if state.gate is not None:
+            await state.pass_gate()
+        if state.lower is not None and state.may_change(parent.fid.ino) and state.may_change(node.fid.ino):
+            state.check_writable()
+            attr = state.lower.link(node.fid, parent.fid, new_name)
+            state.changed(parent.fid.ino, node.fid.ino)
+            return self._looked_up(attr, parent)
+        node.attr = None
+        grants, (attr,) = await state.link.ship(
+            Op.LINK, ctx.uid, ctx.gid, (*node.fid, *parent.fid, new_name), want_lock=True
+        )
+        return self._shipped_new(parent, new_name, attr, grants)
+
+    @_errno_boundary
+    async def create(
+        self, parent_inode: InodeT, name: bytes, mode: int, flags: int, ctx: RequestContext
+    ) -> tuple[FileInfo, EntryAttributes]:
+        state = self.state
+        parent = state.node(parent_inode)
+        while True:
+            if state.gate is not None:
+                await state.pass_gate()
+            if state.lower is not None and state.may_change(parent.fid.ino):
+                state.check_writable()
+                try:
+                    fd, attr = state.lower.create(parent.fid, name, mode, ctx.uid, ctx.gid)
+                except FileExistsError:
+                    if flags & os.O_EXCL:
+                        raise
+                    found = state.lower.lookup(parent.fid, name)
+                    if not stat.S_ISREG(found.mode):
+                        raise
+                    entry = self._looked_up(found, parent)
+                    return await self.io.open(state.known(Fid(found.ino, found.gen)), flags), entry
+                state.changed(parent.fid.ino, attr.ino)
+                entry = self._looked_up(attr, parent)
+                node = state.known(Fid(attr.ino, attr.gen))
+                return await self.io.open_new(node, flags, fd), entry
+            grants, (existed, attr) = await state.link.ship(
+                Op.CREATE, ctx.uid, ctx.gid, (*parent.fid, name, mode, flags), want_lock=True
+            )
+            entry = self._shipped_new(parent, name, attr, grants)
+            node = state.known(Fid(attr.ino, attr.gen))
+            if existed:
+                return await self.io.open(node, flags), entry
+            return await self.io.open_new(node, flags, -1), entry
+
+    # -- removing and renaming -------------------------------------------------------------------------------------
+
+    def _promise(self, parent: Node, name: bytes) -> Node | None:
+        """The object that this node knows by that name, has not open, and does not open until told so."""
+        fid = parent.names.get(name) if parent.names is not None else None
+        node = self.state.nodes.get(fid.ino) if fid is not None else None
+        if node is None or node.fid != fid or node.opens_r or node.opens_w or node.removing is not None:
+            return None
+        node.removing = asyncio.get_running_loop().create_future()
+        return node
+
+    def _promise_over(self, node: Node | None) -> None:
+        if node is not None and node.removing is not None:
+            node.removing.set_result(None)
+            node.removing = None
+            node.attr = None
+
+    def _keep_orphan(self, kept: Fid) -> None:
+        """The home kept an object because somebody may have it open: if that is not this node, say so."""
+        if kept == NO_FID:
+            return
+        node = self.state.nodes.get(kept.ino)
+        if node is None or node.fid != kept or not (node.opens_r or node.opens_w):
+            self.state.reap(kept)
+
+    def _local_victim(self, attr: Attr) -> Fid | None:
+        """On the home, under EX: the object that must be kept because this node has it open."""
+        node = self.state.nodes.get(attr.ino)
+        if attr.nlink != 1 or stat.S_ISDIR(attr.mode) or node is None or not (node.opens_r or node.opens_w):
+            return None
+        return node.fid
+
+    @_errno_boundary
+    async def unlink(self, parent_inode: InodeT, name: bytes, ctx: RequestContext) -> None:
+        state = self.state
+        parent = state.node(parent_inode)
+        if state.gate is not None:
+            await state.pass_gate()
+        if state.lower is not None and state.may_change(parent.fid.ino):
+            attr = state.lower.lookup(parent.fid, name)
+            if state.may_change(attr.ino):
+                state.check_writable()
+                state.lower.unlink(parent.fid, name, self._local_victim(attr))
+                state.changed(parent.fid.ino, attr.ino)
+                return
+        victim = self._promise(parent, name)
+        known = victim.fid if victim is not None else NO_FID
+        try:
+            grants, kept = await state.link.ship(
+                Op.UNLINK, ctx.uid, ctx.gid, (*parent.fid, name, *known), want_lock=True
+            )
+        finally:
+            self._promise_over(victim)
+        parent.attr = None
+        self._name_changed(parent, name, None, grants)
+        self._stale_attr_of_open(Fid(*kept))
+        self._keep_orphan(Fid(*kept))
+
+    def _stale_attr_of_open(self, fid: Fid) -> None:
+        node = self.state.nodes.get(fid.ino)
+        if node is not None:
+            node.attr = None
+
+    @_errno_boundary
+    async def rmdir(self, parent_inode: InodeT, name: bytes, ctx: RequestContext) -> None:
+        state = self.state
+        parent = state.node(parent_inode)
+        if state.gate is not None:
+            await state.pass_gate()
+        if state.lower is not None and state.may_change(parent.fid.ino):
+            attr = state.lower.lookup(parent.fid, name)
+            if state.may_change(attr.ino):
+                state.check_writable()
+                state.lower.rmdir(parent.fid, name)
+                state.lower.forget(Fid(attr.ino, attr.gen))
+                state.changed(parent.fid.ino)
+                return
+        grants, _ = await state.link.ship(Op.RMDIR, ctx.uid, ctx.gid, (*parent.fid, name), want_lock=True)
+        parent.attr = None
+        self._name_changed(parent, name, None, grants)
+
+    @_errno_boundary
+    async def rename(
+        self,
+        parent_inode_old: InodeT,
+        name_old: bytes,
+        parent_inode_new: InodeT,
+        name_new: bytes,
+        flags: int,
+        ctx: RequestContext,
+    ) -> None:
+        state = self.state
+        old, new = state.node(parent_inode_old), state.node(parent_inode_new)
+        if state.gate is not None:
+            await state.pass_gate()
+        if self._rename_here(old, name_old, new, name_new, flags):
+            return
+        victim = self._promise(new, name_new) if not flags else None
+        known = victim.fid if victim is not None else NO_FID
+        moved = old.names.get(name_old) if old.names is not None else None
+        try:
+            grants, kept = await state.link.ship(
+                Op.RENAME,
+                ctx.uid,
+                ctx.gid,
+                (*old.fid, name_old, *new.fid, name_new, flags, *known),
+                want_lock=True,
+            )
+        finally:
+            self._promise_over(victim)
+        old.attr = new.attr = None
+        for parent, name in ((old, name_old), (new, name_new)):
+            if parent.names is not None:
+                parent.names.pop(name, None)
+        if not flags:
+            self._name_changed(old, name_old, None, grants)
+            if moved is not None:
+                self._name_changed(new, name_new, moved, grants)
+        if moved is not None:
+            self._stale_attr_of_open(moved)
+        self._stale_attr_of_open(Fid(*kept))
+        self._keep_orphan(Fid(*kept))
+
+    def _rename_here(self, old: Node, name_old: bytes, new: Node, name_new: bytes, flags: int) -> bool:
+        """The local way; False where a lock is missing for it."""
+        state = self.state
+        lower = state.lower
+        if lower is None or not (state.may_change(old.fid.ino) and state.may_change(new.fid.ino)):
+            return False
+        source = lower.lookup(old.fid, name_old)
+        try:
+            target = lower.lookup(new.fid, name_new)
+        except FileNotFoundError:
+            target = None
+        touched = [source.ino] + ([target.ino] if target is not None else [])
+        if not all(state.may_change(ino) for ino in touched):
+            return False
+        state.check_writable()
+        replaced = target if target is not None and not flags and target.ino != source.ino else None
+        lower.rename(old.fid, name_old, new.fid, name_new, flags, self._local_victim(replaced) if replaced else None)
+        if replaced is not None and stat.S_ISDIR(replaced.mode):
+            lower.forget(Fid(replaced.ino, replaced.gen))
+        state.changed(old.fid.ino, new.fid.ino, *touched)
+        return True
+
+    # -- directories -----------------------------------------------------------------------------------------------
+
+    @_errno_boundary
+    async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
+        self._next_dir += 1
+        self._dirs[self._next_dir] = DirHandle(self.state.node(inode))
+        return self._next_dir
+
+    async def releasedir(self, fh: FileHandleT) -> None:
+        del self._dirs[fh]
+
+    @_errno_boundary
+    async def readdir(self, fh: FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        state = self.state
+        handle = self._dirs[fh]
+        if state.gate is not None:
+            await state.pass_gate()
+        if start_id == 0 or handle.entries is None:
+            await self._list(handle)
+        node = handle.node
+        entries = handle.entries or []
+        ttl = state.ttl()
+        entry_ttl = state.entry_ttl(ttl, node.fid.ino) if handle.losses == state.losses else 0.0
+        for index in range(start_id, len(entries)):
+            name, attr = entries[index]
+            if attr is None:  # the home lists names only, and looks each up when its turn comes
+                try:
+                    attr = cast(Lower, state.lower).lookup(node.fid, name)
+                except FileNotFoundError:
+                    continue
+                held = state.may_read(attr.ino)
+            else:
+                attr, held = self._listed_attr(attr)
+            known = state.nodes.get(attr.ino)
+            confirmed = known is not None and known.confirmed
+            entry = self._entry(attr, ttl if held and confirmed else 0.0, entry_ttl)
+            if not pyfuse3.readdir_reply(token, name, entry, index + 1):
+                return
+            state.known(Fid(attr.ino, attr.gen)).nlookup += 1
+
+    def _listed_attr(self, attr: Attr) -> tuple[Attr, bool]:
+        """Attributes for a listed entry, and whether they are under a lock: those of the listing may be old by now."""
+        node = self.state.nodes.get(attr.ino)
+        if node is not None and node.fid.gen == attr.gen and self.state.attr_holds(node):
+            return cast(Attr, node.attr), True
+        return attr, False
+
+    async def _list(self, handle: DirHandle) -> None:
+        """Take the listing that this pass goes through, under PR on the directory."""
+        state = self.state
+        node = handle.node
+        handle.losses = state.losses
+        if state.lower is not None and state.may_read(node.fid.ino):
+            handle.entries = [(name, None) for name in state.lower.names(node.fid)]
+            return
+        entries: list[Entry] = []
+        first: list[Grant] = []
+        while True:
+            after = entries[-1].name if entries else b""
+            grants, (whole, packed) = await state.link.ship(
+                Op.READDIR, _ANYBODY, _ANYBODY, (*node.fid, after, _PAGE_OF_ENTRIES), want_lock=True
+            )
+            first = first or grants
+            page = unpack_entries(packed)
+            entries.extend(page)
+            if whole or not page:
+                break
+        if state.lower is None and state.granted(first, node.fid.ino) and state.may_read(node.fid.ino):
+            # One lock from the first page to the last: nothing changed in between.
+            node.names = {entry.name: Fid(entry.attr.ino, entry.attr.gen) for entry in entries}
+            node.names_seq = state.locks.seq(node.fid.ino)
+        handle.entries = list(entries)
+
+    @_errno_boundary
+    async def fsyncdir(self, fh: FileHandleT, datasync: bool) -> None:
+        await self.io.fsync_node(self._dirs[fh].node, datasync, is_dir=True)
+
+    # -- regular files: see fileio.py ------------------------------------------------------------------------------
+
+    @_errno_boundary
+    async def open(self, inode: InodeT, flags: int, ctx: RequestContext) -> FileInfo:
+        node = self.state.node(inode)
+        node.confirmed = True
+        info = await self.io.open(node, flags)
+        if flags & os.O_TRUNC:
+            try:
+                await self._setattr(node, (Valid.SIZE | (Valid.KILL_PRIV if node.privileged else 0), 0, 0, 0, 0, 0, 0))
+            except OSError:
+                await self.io.release(info.fh)
+                raise
+        return info
+
+    @_errno_boundary
+    async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
+        return await self.io.read(fh, off, size)
+
+    @_errno_boundary
+    async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
+        return await self.io.write(fh, off, buf)
+
+    @_errno_boundary
+    async def flush(self, fh: FileHandleT) -> None:
+        return None
+
+    @_errno_boundary
+    async def release(self, fh: FileHandleT) -> None:
+        await self.io.release(fh)
+
+    @_errno_boundary
+    async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
+        handle: Handle = self.io.handles[fh]
+        await self.io.fsync_node(handle.node, datasync, is_dir=False)

@@ -1,0 +1,222 @@
+"""What all operations of one mount share: inodes, locks, the link to the home, the lower mount where this is it."""
+
+import asyncio
+import errno
+from collections.abc import Callable, Iterable
+
+from mxfs_fuse.kernel import KernelNotifier
+from mxfs_fuse.link import OperationLink
+from mxfs_fuse.locks import LockClient, now_ms
+from mxfs_fuse.nodes import Node
+from mxfs_proto.frames import ReclaimEntry
+from mxfs_proto.modes import LockMode
+from mxfs_proto.ops import Attr, Fid, Grant, Op
+from mxfs_proto.records import Record
+from mxfsd.io.lower import Lower
+
+_FUSE_ROOT = 1
+_PR = LockMode.PR
+_EX = LockMode.EX
+_DIRTY_MAX = 1 << 16
+
+
+class State:
+    """Shared state of one mount. All of it belongs to the event loop's thread."""
+
+    def __init__(self, root: Fid, kernel_cache_ms: int, readonly: bool, send: Callable[[Record], None]) -> None:
+        self.root = root
+        self.readonly = readonly
+        self.nodes: dict[int, Node] = {}
+        self.link = OperationLink(self._adopt)
+        self.locks = LockClient(self.nodes, send, self._sync_of, self.nodeid_of, self._lock_lost)
+        self.lower: Lower | None = None
+        self.kernel: KernelNotifier | None = None
+        self.gate: asyncio.Event | None = asyncio.Event()
+        """While not None, operations wait: there is no home to serve them (or our lease is over)."""
+        self.lease_until_ms = 0
+        self.losses = 0
+        """Locks lost so far: while it stays the same, whatever was read under a lock is still current."""
+        self._kernel_cache_ms = kernel_cache_ms
+        self._dirty: set[int] = set()
+        self._dirty_sync: asyncio.Task[None] | None = None
+        self._background: set[asyncio.Task[None]] = set()
+        self.known(root).nlookup = 1
+
+    # -- inode numbers ---------------------------------------------------------------------------------------------
+
+    def nodeid_of(self, ino: int) -> int:
+        """The kernel's node id of a lower inode."""
+        return _FUSE_ROOT if ino == self.root.ino else ino
+
+    def ino_of(self, nodeid: int) -> int:
+        """The lower inode of the kernel's node id."""
+        return self.root.ino if nodeid == _FUSE_ROOT else nodeid
+
+    def node(self, nodeid: int) -> Node:
+        """The inode that the kernel names; ESTALE where we do not know it."""
+        node = self.nodes.get(self.root.ino if nodeid == _FUSE_ROOT else nodeid)
+        if node is None:
+            raise OSError(errno.ESTALE, f"unknown inode {nodeid}")
+        return node
+
+    def known(self, fid: Fid) -> Node:
+        """The node of *fid*, made where it is new; a reused inode number keeps only the kernel's references."""
+        node = self.nodes.get(fid[0])
+        if node is None:
+            node = self.nodes[fid[0]] = Node(fid)
+        elif node.fid[1] != fid[1]:
+            fresh = Node(fid)
+            fresh.nlookup = node.nlookup
+            node = self.nodes[fid[0]] = fresh
+        return node
+
+    def forget(self, node: Node) -> None:
+        """The kernel has no reference left: give the lock back and drop the node, unless it is open here."""
+        if node.nlookup > 0 or node.opens_r or node.opens_w:
+            return
+        ino = node.fid.ino
+        if self.nodes.get(ino) is node:
+            del self.nodes[ino]
+            if self.lower is None:
+                self.locks.run(self.locks.cache.forget(now_ms(), ino))
+
+    # -- locks -----------------------------------------------------------------------------------------------------
+
+    def may_read(self, ino: int) -> bool:
+        """Whether a lock is held under which reads need nobody."""
+        return self.locks.mode(ino) >= _PR
+
+    def may_change(self, ino: int) -> bool:
+        """Whether a lock is held under which a change on the home needs nobody."""
+        return self.locks.mode(ino) == _EX
+
+    def granted(self, grants: Iterable[Grant], ino: int) -> bool:
+        """Whether a reply came with the lock on *ino* that is held now: then what it says may be kept."""
+        seq = self.locks.seq(ino)
+        return any(grant.ino == ino and grant.seq == seq for grant in grants)
+
+    def attr_holds(self, node: Node) -> bool:
+        """Whether the attributes kept of a node are still under the lock that they were read under."""
+        return node.attr is not None and node.attr_seq == self.locks.seq(node.fid.ino) and self.may_read(node.fid.ino)
+
+    def remember_attr(self, node: Node, attr: Attr, grants: Iterable[Grant]) -> None:
+        """Keep attributes of a reply that came with a lock (not on the home: its lower mount is as near)."""
+        if self.lower is None and self.granted(grants, node.fid.ino) and self.may_read(node.fid.ino):
+            node.attr = attr
+            node.attr_seq = self.locks.seq(node.fid.ino)
+
+    def _adopt(self, grants: list[Grant]) -> None:
+        now = now_ms()
+        for grant in grants:
+            self.locks.run(self.locks.cache.adopt(now, grant.ino, LockMode(grant.mode), grant.seq))
+
+    def _lock_lost(self, ino: int) -> None:
+        """Another node may change, or remove, this object: keep no descriptor that would hold it."""
+        self.losses += 1
+        node = self.nodes.get(ino)
+        if node is not None and self.lower is not None:
+            self.lower.forget(node.fid)
+
+    def held_rows(self) -> list[ReclaimEntry]:
+        """What this node holds and has open, for the next home. What was held implicitly (this was the home) is named
+        where the kernel caches something under it: EX for a file with a cached writer, else PR."""
+        rows = []
+        held = {ino: mode for ino, mode, _seq, _opens in self.locks.cache.held()}
+        for ino, node in self.nodes.items():
+            mode = held.pop(ino, self.locks.mode(ino))
+            if mode > _PR and not node.cached_writers:
+                mode = _PR
+            if mode != LockMode.NL or node.opens_r or node.opens_w:
+                node.registered = node.opens
+                rows.append(ReclaimEntry(*node.fid, mode, *node.opens))
+        return rows
+
+    # -- time ------------------------------------------------------------------------------------------------------
+
+    def ttl(self) -> float:
+        """Seconds that the kernel may keep attributes: shorter than what is left of our lease."""
+        left = min(self._kernel_cache_ms, self.lease_until_ms - now_ms())
+        return left / 1000 if left > 0 else 0.0
+
+    def entry_ttl(self, ttl: float, parent_ino: int) -> float:
+        """Seconds that the kernel may keep an entry of the directory."""
+        if self.kernel is None or not self.kernel.has_epoch or not self.may_read(parent_ino):
+            return 0.0
+        return ttl
+
+    # -- the gate --------------------------------------------------------------------------------------------------
+
+    async def pass_gate(self) -> None:
+        """Wait until operations may run."""
+        while self.gate is not None:
+            await self.gate.wait()
+
+    def close_gate(self) -> None:
+        """Hold new operations back."""
+        if self.gate is None:
+            self.gate = asyncio.Event()
+
+    def open_gate(self) -> None:
+        """Let operations run."""
+        gate, self.gate = self.gate, None
+        if gate is not None:
+            gate.set()
+
+    def check_writable(self) -> None:
+        """The one guard of the local way: EROFS on a read-only mount."""
+        if self.readonly:
+            raise OSError(errno.EROFS, "mounted read-only")
+
+    # -- durability of local changes on the home -------------------------------------------------------------------
+
+    def changed(self, *inos: int) -> None:
+        """Note inodes that the local way changed: before another node may see them they are made durable."""
+        self._dirty.update(inos)
+        if len(self._dirty) > _DIRTY_MAX and self._dirty_sync is None:
+            self._dirty_sync = asyncio.get_running_loop().create_task(self._clean_dirty())
+
+    async def _clean_dirty(self) -> None:
+        """Keep the set of changed inodes small."""
+        lower = self.lower
+        before = set(self._dirty)
+        try:
+            if lower is not None:
+                self._dirty.clear()
+                try:
+                    await asyncio.get_running_loop().run_in_executor(None, lower.syncfs)
+                except OSError:
+                    self._dirty |= before
+                    raise
+        finally:
+            self._dirty_sync = None
+
+    def _sync_of(self, ino: int) -> Callable[[], None] | None:
+        """What makes local changes of *ino* durable, to be run in a thread; None where there are none."""
+        lower = self.lower
+        if lower is None or ino not in self._dirty:
+            return None
+        node = self.nodes.get(ino)
+        self._dirty.discard(ino)
+
+        def sync() -> None:
+            if node is not None:
+                lower.sync(node.fid)
+            else:
+                lower.syncfs()
+
+        return sync
+
+    # -- in the background -----------------------------------------------------------------------------------------
+
+    def reap(self, fid: Fid) -> None:
+        """Tell the home that this node has not open (any more) what it keeps among the orphans."""
+
+        async def run() -> None:
+            try:
+                await self.link.ship(Op.REAP, 0, 0, fid)
+            except OSError:
+                pass  # the next home looks through the orphans anyway
+
+        task = asyncio.get_running_loop().create_task(run())
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)

@@ -1,0 +1,245 @@
+"""What a node does while another one is the home: one TLS connection to it, kept up, and followed when it moves."""
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from mxfs_proto.errors import IoFailure, MxfsError, PeerError
+from mxfs_proto.frames import Frame, FrameType, pack_json, pack_lock, unpack_json, unpack_lock
+from mxfs_proto.ondisk import LeaseState
+from mxfs_proto.ops import Fid
+from mxfs_proto.records import LockRecord, RecoveryStart
+from mxfsd import log as logging
+from mxfsd.homerole import now_ms
+from mxfsd.io.certs import PeerIdentity
+from mxfsd.io.peers import PeerConnection, connect_peer
+
+if TYPE_CHECKING:
+    from mxfsd.daemon import Daemon
+
+log = structlog.get_logger(__name__)
+
+_RETRY_S = 0.05
+
+
+class ClientRole:
+    """The connection to the home. Lives until the home moves here, or this node leaves."""
+
+    def __init__(self, daemon: "Daemon") -> None:
+        self._daemon = daemon
+        self._conn: PeerConnection | None = None
+        self._welcomed: asyncio.Future[dict[str, Any]] | None = None
+        self._closed = False
+        self._moved_to: dict[str, Any] | None = None
+
+    def close(self) -> None:
+        """End the connection for good."""
+        self._closed = True
+        if self._conn is not None:
+            self._conn.send(FrameType.LEAVE, pack_json({}), epoch=self._daemon.epoch)
+            self._conn.close()
+            self._conn = None
+
+    # -- connecting ------------------------------------------------------------------------------------------------
+
+    async def connect(self) -> None:
+        """Join the home that the lease names. Raises IoFailure (not reached), PeerError (refused for good)."""
+        daemon = self._daemon
+        assert daemon.contexts is not None and daemon.held is not None and daemon.fuse is not None
+        lease = await asyncio.to_thread(daemon.lockspace.read_lease)
+        if lease.state is not LeaseState.HELD or lease.owner_slot == daemon.slot:
+            raise IoFailure("nobody is home")
+        slot = (await asyncio.to_thread(daemon.lockspace.read_slots))[lease.owner_slot - 1]
+        if slot is None or not slot.addresses:
+            raise IoFailure(f"the home in slot {lease.owner_slot} has published no address yet")
+
+        def check(who: PeerIdentity) -> str | None:
+            if who.slot != lease.owner_slot or who.incarnation != lease.incarnation:
+                return f"it is slot {who.slot}, incarnation {who.incarnation}, not the home"
+            return None
+
+        timeout_s = daemon.timeouts.lease_ms / 2000
+        failure: MxfsError | None = None
+        for address in slot.addresses:
+            try:
+                conn = await connect_peer(
+                    address.host,
+                    address.port,
+                    daemon.contexts.client,
+                    self._on_frame,
+                    self._on_lost,
+                    check=check,
+                    timeout_s=timeout_s,
+                )
+                break
+            except MxfsError as exc:
+                failure = exc
+        else:
+            raise failure or IoFailure("the home has no address")
+        await self._greet(conn)
+
+    async def _greet(self, conn: PeerConnection) -> None:
+        daemon = self._daemon
+        self._welcomed = asyncio.get_running_loop().create_future()
+        self._conn = conn
+        hello = {"name": daemon.name, "slot": daemon.slot, "timeouts": daemon.options.timeouts}
+        conn.send(FrameType.HELLO, pack_json(hello))
+        self._renew()
+        try:
+            fields = await asyncio.wait_for(self._welcomed, daemon.timeouts.lease_ms / 1000)
+        except TimeoutError:
+            conn.abort()
+            self._conn = None
+            raise IoFailure(f"{conn.peer_name} did not answer our greeting") from None
+        except MxfsError:
+            self._conn = None
+            raise
+        daemon.epoch = int(fields["epoch"])
+        daemon.home_slot = int(fields["home"])
+        daemon.root = Fid(*fields["root"])
+        daemon.serving = False
+        logging.context.epoch = daemon.epoch
+        assert daemon.fuse is not None
+        if daemon.fuse.attached.is_set():
+            daemon.fuse.record(RecoveryStart(daemon.epoch, daemon.home_slot))
+        else:
+            daemon._welcome_fuse()
+            conn.send(FrameType.RECLAIM_DONE, pack_json({"rows": 0}), epoch=daemon.epoch)
+
+    async def follow(self) -> None:
+        """Connect, again and again, until there is a home; take the lease where the home is dead or gave it up."""
+        daemon = self._daemon
+        while not self._closed:
+            try:
+                await self.connect()
+                daemon._hold_device()
+                return
+            except PeerError as exc:
+                log.error("the home refuses this node", reason=str(exc))
+                daemon.stop(str(exc))
+                return
+            except MxfsError as exc:
+                log.debug("home not reached", reason=str(exc))
+            if await self._succeed():
+                return
+            await asyncio.sleep(_RETRY_S)
+
+    async def _succeed(self) -> bool:
+        """Become the home where the lease is free, or its owner is dead. True: this role is over."""
+        daemon = self._daemon
+        assert daemon.held is not None
+        if self._moved_to is not None and now_ms() < self._moved_to["until_ms"]:
+            return False
+        lease = await asyncio.to_thread(daemon.lockspace.read_lease)
+        evidence = daemon._evidence()
+        if lease.state is LeaseState.HELD and evidence is None:
+            return False
+        try:
+            held = await asyncio.to_thread(
+                daemon.lockspace.claim_lease, daemon.held.record, daemon.timeouts, evidence=evidence
+            )
+        except MxfsError as exc:
+            log.debug("the lease is not to be had", reason=str(exc))
+            return False
+        self._closed = True
+        daemon.client = None
+        report = daemon.heartbeat.report if daemon.heartbeat is not None else None
+        members = {
+            view.slot
+            for view in (report.slots.values() if report is not None else ())
+            if view.slot != daemon.slot and view.state.name == "ACTIVE" and view.age_ms < daemon.timeouts.node_dead_ms
+        }
+        await daemon._become_home(held, members)
+        return True
+
+    # -- frames from the home --------------------------------------------------------------------------------------
+
+    def _on_frame(self, conn: PeerConnection, frame: Frame) -> None:
+        daemon = self._daemon
+        assert daemon.fuse is not None
+        if conn is not self._conn:
+            return
+        if frame.type is FrameType.OP_REPLY:
+            daemon.fuse.frame(FrameType.OP_REPLY, [bytes(frame.payload)], frame.epoch, frame.session, frame.seq)
+        elif frame.type is FrameType.LOCK:
+            if frame.epoch == daemon.epoch:
+                daemon.fuse.record(unpack_lock(frame.payload))
+        elif frame.type is FrameType.LEASE_ACK:
+            daemon.client_lease_until_ms = frame.seq + daemon.timeouts.lease_ms
+            daemon._tell_lease()
+        elif frame.type is FrameType.WELCOME:
+            if self._welcomed is not None and not self._welcomed.done():
+                self._welcomed.set_result(unpack_json(frame.payload))
+        elif frame.type is FrameType.REFUSE:
+            self._refused(unpack_json(frame.payload))
+        elif frame.type is FrameType.FREEZE:
+            daemon.serving = False
+            daemon.fuse.freeze(daemon.epoch, 0)
+        elif frame.type is FrameType.RESUME:
+            daemon.serving = True
+            daemon._resume_fuse()
+        elif frame.type is FrameType.MOVE:
+            self._moved(unpack_json(frame.payload))
+
+    def _refused(self, fields: dict[str, Any]) -> None:
+        reason = str(fields.get("reason", "refused"))
+        error: MxfsError = IoFailure(reason) if fields.get("retry") else PeerError(reason)
+        if self._welcomed is not None and not self._welcomed.done():
+            self._welcomed.set_exception(error)
+
+    def _moved(self, fields: dict[str, Any]) -> None:
+        daemon = self._daemon
+        if self._conn is not None:
+            self._conn.close()
+            self._conn = None
+        daemon.serving = False
+        if int(fields["slot"]) == daemon.slot:
+            daemon.spawn(daemon.take_home(fields))
+            return
+        self._moved_to = {**fields, "until_ms": now_ms() + daemon.timeouts.grace_ms}
+        daemon.spawn(self.follow())
+
+    def _on_lost(self, conn: PeerConnection, error: MxfsError | None) -> None:
+        if conn is not self._conn:
+            return
+        self._conn = None
+        daemon = self._daemon
+        reason = str(error) if error is not None else "closed"
+        if self._welcomed is not None and not self._welcomed.done():
+            self._welcomed.set_exception(IoFailure(f"the home closed the connection: {reason}"))
+            return
+        if self._closed:
+            return
+        log.warning("home lost", reason=reason)
+        daemon.serving = False
+        if daemon.fuse is not None:
+            daemon.fuse.freeze(daemon.epoch, 0)
+        daemon.spawn(self.follow())
+
+    # -- frames to the home ----------------------------------------------------------------------------------------
+
+    def _renew(self) -> None:
+        """Ask for another lease: it counts from now, whenever the answer comes."""
+        if self._conn is None or self._conn.closed or self._closed:
+            return
+        self._conn.send(FrameType.LEASE, b"", epoch=self._daemon.epoch, seq=now_ms())
+        asyncio.get_running_loop().call_later(self._daemon.timeouts.renewal_ms / 2000, self._renew)
+
+    def send_lock(self, record: LockRecord) -> None:
+        """Pass a lock message of our FUSE layer on; without a home it is dropped (reclaims make up for it)."""
+        if self._conn is not None:
+            self._conn.send(FrameType.LOCK, pack_lock(record), epoch=self._daemon.epoch)
+
+    def forward(self, frame: Frame) -> None:
+        """Pass an operation or a reclaim of our FUSE layer on; without a home it is dropped and sent again later."""
+        if self._conn is None:
+            return
+        if frame.type in (FrameType.OP_REQ, FrameType.RECLAIM, FrameType.RECLAIM_DONE):
+            self._conn.send(frame.type, frame.payload, epoch=frame.epoch, session=frame.session, seq=frame.seq)
+
+    def ask_move(self, target: int) -> None:
+        """Ask the home to move to node *target*. Raises IoFailure without a connection."""
+        if self._conn is None:
+            raise IoFailure("the home is not reachable just now")
+        self._conn.send(FrameType.MOVE, pack_json({"slot": target}), epoch=self._daemon.epoch)

@@ -1,0 +1,715 @@
+"""The daemon of one volume on one node: joins, becomes home or client, changes between the two, leaves.
+
+Order that keeps data safe at a change of home: hold operations back; end those that run; unmount, and prove it by an
+exclusive open of the device; only then give the lease away. The next home claims the lease (epoch + 1), mounts, hears
+from every node what it holds, and only then serves.
+"""
+
+import asyncio
+import fcntl
+import os
+import signal
+import socket
+import struct
+import uuid
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from mxfs_proto.errors import IoFailure, MisuseError, MxfsError, PeerError
+from mxfs_proto.frames import Frame, FrameType, pack_json, pack_lock, unpack_json, unpack_lock
+from mxfs_proto.ondisk import Address, LeaseState, SlotState
+from mxfs_proto.ops import Fid
+from mxfs_proto.records import LockRecord, NodeState, NodeStatus, Record, RecoveryStart
+from mxfsd import log as logging
+from mxfsd.clientrole import ClientRole
+from mxfsd.control import ControlServer
+from mxfsd.core.lease import GONE, HeldLease, HeldSlot, Joiner
+from mxfsd.core.sessions import SessionTable
+from mxfsd.core.timeouts import Timeouts
+from mxfsd.fuselink import FuseLink
+from mxfsd.homerole import HomeRole, now_ms
+from mxfsd.identity import Identity, load_identity
+from mxfsd.io import libc
+from mxfsd.io.certs import NodeContexts, PeerIdentity, VolumeKeys, make_contexts
+from mxfsd.io.heartbeat_client import BeatReport, HeartbeatClient, HeartbeatEvent
+from mxfsd.io.lockspace import Lockspace
+from mxfsd.io.lower import Lower
+from mxfsd.io.peers import PeerConnection, PeerServer
+from mxfsd.options import MountOptions
+from mxfsd.report import locks_report, status_report
+
+log = structlog.get_logger(__name__)
+
+_TRIAL_TRIES = 100
+_TRIAL_WAIT_S = 0.05
+_TICK_S = 0.25
+_XFS_IOC_GOINGDOWN = 0x8004587D
+_NO_LOG_FLUSH = struct.pack("=I", 2)
+
+
+class Daemon:
+    """One volume, one node."""
+
+    def __init__(self, device: str, mountpoint: str, options: MountOptions, run_dir: Path) -> None:
+        self.device = device
+        self.mountpoint = mountpoint
+        self.options = options
+        self.run_dir = run_dir
+        self.timeouts = Timeouts.named(options.timeouts)
+        self.lockspace = Lockspace.open(device)
+        self.volume = uuid.UUID(bytes=self.lockspace.volume)
+        self.identity: Identity = load_identity(run_dir, options, self.volume)
+        self.name = options.node or self.identity.name
+        self.held: HeldSlot | None = None
+        self.heartbeat: HeartbeatClient | None = None
+        self.contexts: NodeContexts | None = None
+        self.server: PeerServer | None = None
+        self.fuse: FuseLink | None = None
+        self.control: ControlServer | None = None
+        self.home: HomeRole | None = None
+        self.client: ClientRole | None = None
+        self.epoch = 0
+        self.home_slot = 0
+        self.root = Fid(0, 0)
+        self.peers: dict[int, PeerConnection] = {}
+        self.last_heard_ms: dict[int, int] = {}
+        self.awaited: set[int] = set()
+        self.grace_until_ms = 0
+        self.serving = False
+        self.evicted: set[tuple[int, int]] = set()
+        self.client_lease_until_ms = 0
+        self.stopping: asyncio.Future[str] | None = None
+        self._exclusive_fd = -1
+        self._lower_left: asyncio.Future[None] | None = None
+        self._moving = asyncio.Lock()
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    @property
+    def slot(self) -> int:
+        """This node's slot, 1..64."""
+        assert self.held is not None
+        return self.held.record.slot
+
+    def spawn(self, work: Any) -> asyncio.Task[Any]:
+        """Run a coroutine in the background; an error of it is logged."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("background work failed", exc_info=task.exception())
+            self.stop(f"internal error: {task.exception()}")
+
+    # -- life ------------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Join the volume and mount. Raises an MxfsError with a one-line reason; then call ``shut_down``."""
+        loop = asyncio.get_running_loop()
+        self.stopping = loop.create_future()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.stop, "asked to stop")
+        logging.context.volume = str(self.volume)
+        logging.context.node = self.name
+        self.fuse = FuseLink(self.run_dir, self.volume, self._on_fuse_frame, self._on_fuse_record, self._on_fuse_gone)
+        kernel = [word for word in self.options.kernel if word not in ("sync", "dirsync")]
+        if self.options.read_only:
+            kernel.append("ro")
+        await self.fuse.start(self.mountpoint, tuple(kernel), self.device, self.options.log)
+        joiner = Joiner(self.identity.node.bytes, self.name, last_incarnation=self.identity.last_incarnation)
+        self.held = await asyncio.to_thread(self.lockspace.claim_slot, joiner, self.timeouts)
+        self.identity.save(self.held.record.incarnation)
+        who = PeerIdentity(self.volume, self.identity.node, self.slot, self.held.record.incarnation)
+        keys = VolumeKeys.derive(self.lockspace.header.cluster_key, self.volume)
+        self.contexts = make_contexts(keys, who)
+        self.server = PeerServer(self.contexts.server, self._check_peer, self._on_peer)
+        bound = self.server.start([("0.0.0.0", self.options.port or 0)])
+        self.heartbeat = HeartbeatClient(self.device, self.held, self.timeouts, self._on_report, self._on_heartbeat)
+        await self.heartbeat.start()
+        addresses = tuple(Address(host, bound[0][1]) for host in own_addresses(self.options.iface))
+        await self.heartbeat.set_addresses(addresses)
+        self.control = ControlServer(self.run_dir / "control.sock", self._handlers())
+        await self.control.start()
+        await self._settle()
+        await self.heartbeat.set_state(SlotState.ACTIVE)
+        self.spawn(self._ticks())
+        log.info("joined", slot=self.slot, home=self.home_slot, addresses=[str(a) for a in addresses])
+        await self._until_mounted()
+
+    async def _until_mounted(self) -> None:
+        assert self.fuse is not None and self.stopping is not None
+        await asyncio.wait((self.fuse.mounted, self.stopping), return_when=asyncio.FIRST_COMPLETED)
+        if not self.fuse.mounted.done():
+            raise IoFailure(self.stopping.result())
+        self.fuse.mounted.result()
+
+    async def run(self) -> str:
+        """Serve until told to stop; return why."""
+        assert self.stopping is not None
+        return await self.stopping
+
+    def stop(self, reason: str) -> None:
+        """Begin to leave."""
+        if self.stopping is not None and not self.stopping.done():
+            self.stopping.set_result(reason)
+
+    async def shut_down(self) -> None:
+        """Leave the volume in good order: a home hands over, or unmounts and frees the lease."""
+        if self.home is not None:
+            await self._leave_as_home()
+        if self.client is not None:
+            self.client.close()
+            self.client = None
+        for task in list(self._tasks):
+            task.cancel()
+        for conn in list(self.peers.values()):
+            conn.close()
+        if self.server is not None:
+            self.server.close()
+        if self.fuse is not None:
+            self.fuse.close()
+        if self.control is not None:
+            await self.control.close()
+        if self.heartbeat is not None:
+            try:
+                await self.heartbeat.leave()
+            except MxfsError as exc:
+                log.warning("the slot could not be marked as left", reason=str(exc))
+        elif self.held is not None:
+            await asyncio.to_thread(self.lockspace.release_slot, self.held.record)
+        self._release_device()
+        self.lockspace.close()
+
+    async def _leave_as_home(self) -> None:
+        """Hand over to another node where there is one, else unmount and free the lease."""
+        others = [slot for slot, conn in self.peers.items() if not conn.closed]
+        try:
+            for slot in sorted(others):
+                if await self.move_home(slot):
+                    return
+            await self.move_home(0)
+        except MxfsError as exc:
+            log.error("the home could not be given up in good order", reason=str(exc))
+
+    # -- which role ------------------------------------------------------------------------------------------------
+
+    async def _settle(self) -> None:
+        """Become the home where there is none, else a client of it."""
+        assert self.held is not None and self.heartbeat is not None
+        while True:
+            try:
+                held = await asyncio.to_thread(
+                    self.lockspace.claim_lease, self.held.record, self.timeouts, evidence=self._evidence()
+                )
+            except MxfsError as exc:
+                log.debug("the lease is not to be had", reason=str(exc))
+            else:
+                await self._become_home(held, set())
+                return
+            lease = await asyncio.to_thread(self.lockspace.read_lease)
+            if lease.state is LeaseState.HELD and lease.owner_slot != self.slot and await self._become_client():
+                return
+            await asyncio.sleep(self.timeouts.heartbeat_ms / 2000)
+
+    def _evidence(self) -> Any:
+        report = self.heartbeat.report if self.heartbeat is not None else None
+        if report is None or report.lease is None:
+            return None
+        owner = report.slots.get(report.lease.owner_slot)
+        dead = self.timeouts.node_dead_ms
+        if owner is None or owner.age_ms < dead or report.lease.age_ms < dead:
+            return None
+        return report.evidence()
+
+    async def _become_client(self) -> bool:
+        """Connect to the home; False where it is not to be reached just now."""
+        client = ClientRole(self)
+        try:
+            await client.connect()
+        except MxfsError as exc:
+            log.info("home not reached", reason=str(exc))
+            return False
+        self.client = client
+        self._hold_device()
+        return True
+
+    async def _become_home(self, held: HeldLease, members: set[int]) -> None:
+        """With the lease in hand: mount, then hear what every node holds, then serve."""
+        assert self.heartbeat is not None and self.fuse is not None
+        await self.heartbeat.set_home(held)
+        self.epoch = held.record.epoch
+        self.home_slot = self.slot
+        logging.context.epoch = self.epoch
+        self._release_device()
+        lower = await asyncio.to_thread(self._mount)
+        self.root = lower.root
+        sessions = SessionTable(self.lockspace.volume_id)
+        saved = lower.load_replies()
+        if saved is not None:
+            sessions.load(saved)
+        self.home = HomeRole(
+            self.slot,
+            self.epoch,
+            lower,
+            self.timeouts,
+            sessions,
+            self.options.read_only,
+            self._send_lock,
+            self._send_reply,
+            self._on_silent,
+        )
+        self.serving = False
+        self.awaited = set(members)
+        self.grace_until_ms = now_ms() + self.timeouts.grace_ms
+        log.info("home", epoch=self.epoch, members=sorted(members))
+        if self.fuse.attached.is_set():
+            self.awaited.add(self.slot)
+            self.fuse.record(RecoveryStart(self.epoch, self.slot))
+        else:
+            self._welcome_fuse()
+        self._maybe_serve()
+
+    def _mount(self) -> Lower:
+        lower = Lower(libc.mount_detached(self.device, self.options.read_only))
+        if not self.options.read_only:
+            lower.prepare()
+        return lower
+
+    def _welcome_fuse(self) -> None:
+        assert self.fuse is not None
+        self.fuse.welcome(
+            {
+                "node": self.slot,
+                "name": self.name,
+                "epoch": self.epoch,
+                "home": self.home_slot,
+                "root": list(self.root),
+                "kernel_cache_ms": self.timeouts.kernel_cache_ms,
+                "readonly": self.options.read_only,
+            }
+        )
+        self.spawn(self._first_resume())
+
+    async def _first_resume(self) -> None:
+        assert self.fuse is not None
+        await self.fuse.attached.wait()
+        if self.serving:
+            self._resume_fuse()
+
+    def _resume_fuse(self) -> None:
+        assert self.fuse is not None
+        if not self.fuse.attached.is_set():
+            return
+        self._tell_lease()
+        if self.home is not None:
+            recorded = self.home.master.recorded()
+            self.fuse.resume(self.epoch, self.home_slot, True, recorded, self.home.lower.mount_fd)
+        else:
+            self.fuse.resume(self.epoch, self.home_slot, False, [], -1)
+
+    def _maybe_serve(self) -> None:
+        """All nodes have said what they hold, or had their time for it: begin."""
+        if self.home is None or self.serving:
+            return
+        if self.awaited and now_ms() < self.grace_until_ms:
+            return
+        for slot in self.awaited:
+            log.warning("did not come back within the grace period", peer=slot)
+        self.awaited.clear()
+        self.serving = True
+        self.home.run(self.home.master.grace_over(now_ms()))
+        for conn in self.peers.values():
+            conn.send(FrameType.RESUME, pack_json({"epoch": self.epoch}), epoch=self.epoch)
+        self._resume_fuse()
+        self.home.service.reap_all()
+        log.info("serving", epoch=self.epoch)
+
+    # -- a change of home ------------------------------------------------------------------------------------------
+
+    async def move_home(self, target: int) -> bool:
+        """Give the home to node *target* (0: to nobody). False: it was called off, this node serves on.
+
+        Raises MisuseError where this node is not the home or the target is not there.
+        """
+        async with self._moving:
+            if self.home is None:
+                raise MisuseError("this node is not the home any more")
+            if target and (target not in self.peers or self.peers[target].closed):
+                raise MisuseError(f"node {target} is not connected")
+            return await self._move_home(self.home, target)
+
+    async def _move_home(self, role: HomeRole, target: int) -> bool:
+        assert self.heartbeat is not None and self.fuse is not None
+        log.info("moving the home", target=target)
+        self.serving = False
+        for conn in self.peers.values():
+            conn.send(FrameType.FREEZE, pack_json({"epoch": self.epoch}), epoch=self.epoch)
+        self.fuse.freeze(self.epoch, 0)
+        await role.freeze()
+        await self._fuse_leaves_lower()
+        await asyncio.to_thread(role.lower.syncfs)
+        if not self.options.read_only:
+            await asyncio.to_thread(role.lower.save_replies, role.sessions.export())
+        role.lower.close()
+        if not await self._unmounted():
+            log.error("the move was called off: a process still holds files of the lower mount")
+            await self._serve_on(role)
+            return False
+        until = await self.heartbeat.set_home(None)
+        lease = await asyncio.to_thread(self.lockspace.read_lease)
+        await asyncio.to_thread(self.lockspace.give_lease, lease, until, target, self.timeouts)
+        members = [slot for slot, conn in self.peers.items() if not conn.closed and slot != target]
+        fields = {
+            "slot": target,
+            "epoch": self.epoch + 1,
+            "members": [*members, self.slot, target],
+        }
+        self.home = None
+        for conn in list(self.peers.values()):
+            conn.send(FrameType.MOVE, pack_json(fields), epoch=self.epoch)
+            conn.close()
+        self.peers.clear()
+        if target and (self.stopping is None or not self.stopping.done()):
+            self.home_slot = target
+            self.client = ClientRole(self)
+            self.spawn(self.client.follow())
+        return True
+
+    async def _fuse_leaves_lower(self) -> None:
+        """Have our own FUSE layer close everything below (nothing to do where it has ended)."""
+        assert self.fuse is not None
+        if not self.fuse.attached.is_set() or self.fuse.gone.is_set():
+            return
+        self._lower_left = asyncio.get_running_loop().create_future()
+        self.fuse.frame(FrameType.FREEZE, [pack_json({})])
+        gone = asyncio.ensure_future(self.fuse.gone.wait())
+        await asyncio.wait((self._lower_left, gone), return_when=asyncio.FIRST_COMPLETED)
+        gone.cancel()
+
+    async def _unmounted(self) -> bool:
+        """The trial: whether the device can be opened exclusively, which no mounted one can. We keep it open so."""
+        for _ in range(_TRIAL_TRIES):
+            if self._hold_device():
+                return True
+            await asyncio.sleep(_TRIAL_WAIT_S)
+        return False
+
+    async def _serve_on(self, role: HomeRole) -> None:
+        lower = await asyncio.to_thread(self._mount_again)
+        role.replace_lower(lower)
+        self.serving = True
+        for conn in self.peers.values():
+            conn.send(FrameType.RESUME, pack_json({"epoch": self.epoch}), epoch=self.epoch)
+        self._resume_fuse()
+
+    def _mount_again(self) -> Lower:
+        lower = Lower(libc.mount_detached(self.device, self.options.read_only, exclusive=False))
+        if not self.options.read_only:
+            lower.prepare()
+        return lower
+
+    async def take_home(self, fields: dict[str, Any]) -> None:
+        """The home before gave its lease to this node."""
+        assert self.held is not None
+        async with self._moving:
+            if self.client is not None:
+                self.client.close()
+                self.client = None
+            held = await asyncio.to_thread(
+                self.lockspace.claim_lease, self.held.record, self.timeouts, wait_ms=self.timeouts.lease_ms
+            )
+            members = {int(slot) for slot in fields["members"]} - {self.slot}
+            await self._become_home(held, members)
+
+    def _hold_device(self) -> bool:
+        """Open the device exclusively, so that nobody mounts it by hand here."""
+        if self._exclusive_fd < 0:
+            try:
+                self._exclusive_fd = os.open(self.device, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC)
+            except OSError:
+                return False
+        return True
+
+    def _release_device(self) -> None:
+        if self._exclusive_fd >= 0:
+            os.close(self._exclusive_fd)
+            self._exclusive_fd = -1
+
+    # -- peers (this node is the home) -----------------------------------------------------------------------------
+
+    def _check_peer(self, who: PeerIdentity) -> str | None:
+        if who.volume != self.volume:
+            return f"it belongs to volume {who.volume}"
+        if (who.slot, who.incarnation) in self.evicted:
+            return "it was put out of the volume; mount again there"
+        return None
+
+    def _on_peer(self, conn: PeerConnection) -> None:
+        conn.start(self._on_peer_frame, self._on_peer_lost)
+
+    def _on_peer_lost(self, conn: PeerConnection, error: MxfsError | None) -> None:
+        slot = conn.identity.slot
+        if self.peers.get(slot) is conn:
+            del self.peers[slot]
+            log.info("peer lost", peer=slot, reason=str(error) if error else "closed")
+
+    def _on_peer_frame(self, conn: PeerConnection, frame: Frame) -> None:
+        try:
+            self._peer_frame(conn, frame)
+        except PeerError as exc:
+            log.error("peer broke the protocol", peer=conn.identity.slot, reason=str(exc))
+            conn.abort()
+
+    def _peer_frame(self, conn: PeerConnection, frame: Frame) -> None:
+        slot = conn.identity.slot
+        home = self.home
+        if frame.type is FrameType.HELLO:
+            self._hello(conn, unpack_json(frame.payload))
+            return
+        if home is None or self.peers.get(slot) is not conn:
+            return
+        if frame.type is FrameType.OP_REQ:
+            if self.serving:
+                home.on_operation(slot, frame)
+        elif frame.type is FrameType.LOCK:
+            home.on_lock(slot, unpack_lock(frame.payload))
+        elif frame.type is FrameType.LEASE:
+            self.last_heard_ms[slot] = now_ms()
+            conn.send(FrameType.LEASE_ACK, b"", epoch=self.epoch, seq=frame.seq)
+        elif frame.type is FrameType.RECLAIM:
+            home.reclaim(slot, frame)
+        elif frame.type is FrameType.RECLAIM_DONE:
+            home.reclaimed(slot)
+            self.awaited.discard(slot)
+            if self.serving:
+                conn.send(FrameType.RESUME, pack_json({"epoch": self.epoch}), epoch=self.epoch)
+            self._maybe_serve()
+        elif frame.type is FrameType.MOVE:
+            self.spawn(self._asked_to_move(conn, int(unpack_json(frame.payload)["slot"])))
+        elif frame.type is FrameType.LEAVE:
+            self._node_left(slot, "left")
+        else:
+            raise PeerError(f"unexpected {frame.type.name}")
+
+    def _hello(self, conn: PeerConnection, fields: dict[str, Any]) -> None:
+        slot = conn.identity.slot
+        if self.home is None or not self._may_act_as_home():
+            conn.send(FrameType.REFUSE, pack_json({"reason": "this node is not the home", "retry": True}))
+            conn.close()
+            return
+        if fields.get("timeouts") != self.options.timeouts:
+            reason = f"timeouts={fields.get('timeouts')} there, timeouts={self.options.timeouts} here: use one"
+            conn.send(FrameType.REFUSE, pack_json({"reason": reason, "retry": False}))
+            conn.close()
+            return
+        before = self.peers.pop(slot, None)
+        if before is not None:
+            before.abort()
+        self.peers[slot] = conn
+        self.last_heard_ms[slot] = now_ms()
+        self.home.greet(slot, conn.identity.incarnation)
+        welcome = {"epoch": self.epoch, "home": self.slot, "root": list(self.root)}
+        conn.send(FrameType.WELCOME, pack_json(welcome), epoch=self.epoch)
+        log.info("peer joined", peer=slot, name=fields.get("name"), incarnation=conn.identity.incarnation)
+
+    def _may_act_as_home(self) -> bool:
+        report = self.heartbeat.report if self.heartbeat is not None else None
+        return report is not None and now_ms() < (report.lease_until_ms or 0)
+
+    async def _asked_to_move(self, conn: PeerConnection, target: int) -> None:
+        try:
+            moved = await self.move_home(target)
+            reason = "" if moved else "called off: a process still holds files of the lower mount"
+        except MxfsError as exc:
+            reason = str(exc)
+        if reason:
+            log.warning("home not moved", reason=reason)
+
+    def _node_left(self, slot: int, how: str) -> None:
+        """A node is out for good: drop what it held."""
+        assert self.home is not None
+        log.info("node out", peer=slot, how=how)
+        conn = self.peers.pop(slot, None)
+        if conn is not None:
+            conn.close()
+        self.last_heard_ms.pop(slot, None)
+        self.awaited.discard(slot)
+        self.home.node_gone(slot)
+        self._maybe_serve()
+
+    def _on_silent(self, slot: int) -> None:
+        log.warning("a node does not answer a blocking AST", peer=slot, connected=slot in self.peers)
+
+    def _send_lock(self, slot: int, record: LockRecord) -> None:
+        if slot == self.slot:
+            assert self.fuse is not None
+            self.fuse.record(record)
+            return
+        conn = self.peers.get(slot)
+        if conn is not None:
+            conn.send(FrameType.LOCK, pack_lock(record), epoch=self.epoch)
+
+    def _send_reply(self, slot: int, kind: FrameType, parts: list[bytes], session: int, seq: int) -> None:
+        if slot == self.slot:
+            assert self.fuse is not None
+            self.fuse.frame(kind, parts, self.epoch, session, seq)
+            return
+        conn = self.peers.get(slot)
+        if conn is not None:
+            conn.send(kind, parts, epoch=self.epoch, session=session, seq=seq)
+
+    # -- our own FUSE layer ----------------------------------------------------------------------------------------
+
+    def _on_fuse_record(self, record: Record) -> None:
+        if not isinstance(record, LockRecord):
+            return
+        if self.home is not None:
+            self.home.on_lock(self.slot, record)
+        elif self.client is not None:
+            self.client.send_lock(record)
+
+    def _on_fuse_frame(self, frame: Frame) -> None:
+        if frame.type is FrameType.FREEZE:
+            if self._lower_left is not None and not self._lower_left.done():
+                self._lower_left.set_result(None)
+        elif self.home is not None:
+            if frame.type is FrameType.OP_REQ and self.serving:
+                self.home.on_operation(self.slot, frame)
+            elif frame.type is FrameType.RECLAIM:
+                self.home.reclaim(self.slot, frame)
+            elif frame.type is FrameType.RECLAIM_DONE:
+                self.awaited.discard(self.slot)
+                self._maybe_serve()
+        elif self.client is not None:
+            self.client.forward(frame)
+
+    def _on_fuse_gone(self, reason: str) -> None:
+        self.stop(reason)
+
+    # -- time ------------------------------------------------------------------------------------------------------
+
+    def _on_report(self, report: BeatReport) -> None:
+        self._tell_lease()
+        if self.home is None:
+            return
+        for view in report.slots.values():
+            if view.slot == self.slot or view.slot not in self.last_heard_ms:
+                continue
+            if view.slot in self.peers and view.state not in GONE and view.age_ms < self.timeouts.node_dead_ms:
+                continue
+            quiet_ms = now_ms() - self.last_heard_ms[view.slot]
+            if quiet_ms <= self.timeouts.lease_ms + self.timeouts.heartbeat_ms:
+                continue  # its lease may still run: what it caches may still be read there
+            if view.state in GONE or view.age_ms >= self.timeouts.node_dead_ms or quiet_ms > self.timeouts.node_dead_ms:
+                self.evicted.add((view.slot, view.incarnation))
+                self._node_left(view.slot, f"evicted: {view.state.name.lower()}, silent for {quiet_ms} ms")
+
+    def _tell_lease(self) -> None:
+        """Tell the FUSE layer for how long what it caches may be used."""
+        if self.fuse is None or not self.fuse.attached.is_set() or not self.serving:
+            return
+        until = self.client_lease_until_ms
+        if self.home is not None:
+            report = self.heartbeat.report if self.heartbeat is not None else None
+            until = (report.lease_until_ms or 0) if report is not None else 0
+        left = max(0, until - now_ms())
+        self.fuse.record(NodeStatus(self.slot, NodeState.ACTIVE, self.epoch, self.home_slot, left))
+
+    def _on_heartbeat(self, event: HeartbeatEvent) -> None:
+        if event.name in ("slot_lost", "lease_lost", "died"):
+            log.error("this node is out", event_name=event.name, reason=event.reason)
+            self._crash_lower()
+            self.stop(f"{event.name}: {event.reason}")
+        elif event.name in ("io_error", "stalled"):
+            log.warning("the lockspace does not answer", event_name=event.name, age_ms=event.age_ms)
+
+    async def _ticks(self) -> None:
+        while True:
+            await asyncio.sleep(_TICK_S)
+            if self.home is not None:
+                self.home.tick()
+                self._maybe_serve()
+                self._tell_lease()
+
+    # -- operators -------------------------------------------------------------------------------------------------
+
+    def _handlers(self) -> dict[str, Any]:
+        return {
+            "status": self._status,
+            "locks": self._locks,
+            "home-move": self._command_move,
+            "stop": self._command_stop,
+            "crash-lower": self._command_crash,
+        }
+
+    async def _status(self, _request: dict[str, Any]) -> dict[str, Any]:
+        return status_report(self)
+
+    async def _locks(self, _request: dict[str, Any]) -> dict[str, Any]:
+        return locks_report(self)
+
+    async def _command_move(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Move the home to the node named; returns when the new home serves."""
+        wanted = str(request.get("node", ""))
+        assert self.heartbeat is not None and self.heartbeat.report is not None
+        found = [v for v in self.heartbeat.report.slots.values() if wanted in (v.name, str(v.slot))]
+        live = [v for v in found if v.state is SlotState.ACTIVE]
+        if not live:
+            raise MisuseError(f"no active node {wanted!r} in this volume: see mxfs status")
+        target = live[0].slot
+        if target == self.home_slot:
+            return {"home": live[0].name, "epoch": self.epoch}
+        before = self.epoch
+        if self.home is not None:
+            if not await self.move_home(target):
+                raise IoFailure("called off: a process still holds files of the lower mount", 16)
+        elif self.client is not None:
+            self.client.ask_move(target)
+        deadline = now_ms() + self.timeouts.lock_wait_ms
+        while not (self.serving and self.epoch > before and self.home_slot == target):
+            if now_ms() > deadline:
+                raise IoFailure(f"the home did not arrive at {wanted}: see the log", 110)
+            await asyncio.sleep(0.01)
+        return {"home": live[0].name, "epoch": self.epoch}
+
+    async def _command_stop(self, _request: dict[str, Any]) -> dict[str, Any]:
+        self.stop("asked to stop")
+        return {}
+
+    async def _command_crash(self, _request: dict[str, Any]) -> dict[str, Any]:
+        return {"crashed": self._crash_lower()}
+
+    def _crash_lower(self) -> bool:
+        """Shut the lower XFS down without a log flush (XFS_IOC_GOINGDOWN), as a power failure would."""
+        if self.home is None or self.home.lower.mount_fd < 0:
+            return False
+        fcntl.ioctl(self.home.lower.mount_fd, _XFS_IOC_GOINGDOWN, _NO_LOG_FLUSH)
+        return True
+
+
+def own_addresses(iface: str | None) -> list[str]:
+    """IPv4 addresses that other nodes may reach this one at: of *iface*, or of all that are up but loopback.
+
+    Raises MisuseError where *iface* has none.
+    """
+    found: list[str] = []
+    loopback: list[str] = []
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        for _index, name in socket.if_nameindex():
+            if iface is not None and name != iface:
+                continue
+            try:
+                raw = fcntl.ioctl(sock.fileno(), 0x8915, struct.pack("256s", name.encode()[:15]))  # SIOCGIFADDR
+            except OSError:
+                continue
+            address = socket.inet_ntoa(raw[20:24])
+            (loopback if address.startswith("127.") else found).append(address)
+    if not found and not loopback:
+        raise MisuseError(
+            f"iface={iface}: no such interface, or it has no IPv4 address" if iface else "no IPv4 address"
+        )
+    return (found or loopback)[:4]

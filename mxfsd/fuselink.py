@@ -1,0 +1,185 @@
+"""The daemon's side of its FUSE layer: starts it, and speaks with it over daemon.sock and netlink."""
+
+import asyncio
+import os
+import struct
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from mxfs_proto.errors import MxfsError
+from mxfs_proto.frames import Frame, FrameType, pack_json, unpack_json
+from mxfs_proto.ondisk import volume_id
+from mxfs_proto.records import DaemonReady, Record, RecoveryDone, RecoveryStart
+from mxfsd.io.netlink import NetlinkEndpoint
+from mxfsd.io.unixconn import UnixFrameConnection, UnixFrameServer
+
+log = structlog.get_logger(__name__)
+
+SOCKET_NAME = "daemon.sock"
+
+
+class FuseLink:
+    """One FUSE layer. Callbacks run in the event loop.
+
+    *on_frame* gets its frames (operations, reclaims), *on_record* its lock messages, *on_gone* is called once when it
+    has ended or was unmounted.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        volume: uuid.UUID,
+        on_frame: Callable[[Frame], None],
+        on_record: Callable[[Record], None],
+        on_gone: Callable[[str], None],
+    ) -> None:
+        self._path = run_dir / SOCKET_NAME
+        self._volume = volume
+        self._on_frame = on_frame
+        self._on_record = on_record
+        self._on_gone = on_gone
+        self._server: UnixFrameServer | None = None
+        self._conn: UnixFrameConnection | None = None
+        self._netlink: NetlinkEndpoint | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._welcome: dict[str, Any] | None = None
+        self._hello: dict[str, Any] | None = None
+        self.mounted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.attached = asyncio.Event()
+        self.gone = asyncio.Event()
+        self.pid = 0
+
+    # -- life ------------------------------------------------------------------------------------------------------
+
+    async def start(self, mountpoint: str, fuse_options: tuple[str, ...], fsname: str, log_level: str) -> None:
+        """Listen, and start the FUSE process: it loads its modules while the daemon joins."""
+        self._server = UnixFrameServer(str(self._path), self._on_connection)
+        self._server.start()
+        command = [
+            sys.executable,
+            "-m",
+            "mxfs_fuse.main",
+            *("--socket", str(self._path)),
+            *("--mountpoint", mountpoint),
+            *("--volume", str(self._volume)),
+            *("--fsname", fsname),
+            *("--options", ",".join(fuse_options)),
+            *("--log", log_level),
+        ]
+        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+        self.pid = self._process.pid
+        asyncio.get_running_loop().create_task(self._watch(self._process))
+
+    async def _watch(self, process: subprocess.Popen[bytes]) -> None:
+        fd = os.pidfd_open(process.pid)
+        loop = asyncio.get_running_loop()
+        done = asyncio.Event()
+        loop.add_reader(fd, done.set)
+        try:
+            await done.wait()
+        finally:
+            loop.remove_reader(fd)
+            os.close(fd)
+        code = process.wait()
+        self._gone("unmounted" if code == 0 else f"the FUSE layer ended with status {code}")
+
+    def _gone(self, reason: str) -> None:
+        if not self.mounted.done():
+            self.mounted.set_exception(MxfsError(reason))
+            self.mounted.exception()
+        self.gone.set()
+        callback, self._on_gone = self._on_gone, lambda _reason: None
+        callback(reason)
+
+    def close(self) -> None:
+        """Stop listening and talking; the FUSE process is ended if it still runs."""
+        if self._server is not None:
+            self._server.close()
+        if self._conn is not None:
+            self._conn.close()
+        if self._netlink is not None:
+            self._netlink.close()
+        if self._process is not None and self._process.poll() is None:
+            self._process.terminate()
+
+    # -- hand-shake ------------------------------------------------------------------------------------------------
+
+    def welcome(self, fields: dict[str, Any]) -> None:
+        """Tell the FUSE layer about the volume it serves, as soon as it has connected and the node has joined."""
+        self._welcome = fields
+        self._greet()
+
+    def _on_connection(self, conn: UnixFrameConnection) -> None:
+        if self._conn is not None:
+            log.warning("second connection of a FUSE layer refused")
+            conn.close()
+            return
+        self._conn = conn
+        conn.start(self._frame, self._lost)
+
+    def _lost(self, _conn: UnixFrameConnection, _error: MxfsError | None) -> None:
+        self._conn = None
+
+    def _frame(self, _conn: UnixFrameConnection, frame: Frame) -> None:
+        if frame.type is FrameType.FUSE_HELLO:
+            self._hello = unpack_json(frame.payload)
+            self._greet()
+        elif frame.type is FrameType.FUSE_READY:
+            if not self.mounted.done():
+                self.mounted.set_result(None)
+        elif frame.type is FrameType.REFUSE:
+            self._gone(str(unpack_json(frame.payload).get("reason", "the FUSE layer failed")))
+        elif frame.type is FrameType.FUSE_BYE:
+            self._gone("unmounted")
+        else:
+            self._on_frame(frame)
+
+    def _greet(self) -> None:
+        if self._welcome is None or self._hello is None or self._conn is None or self._netlink is not None:
+            return
+        self._netlink = NetlinkEndpoint(self._on_record, volume_id(self._volume.bytes))
+        portid = self._netlink.open()
+        self._netlink.connect(int(self._hello["portid"]))
+        self._conn.send(FrameType.WELCOME, [pack_json({**self._welcome, "portid": portid})])
+        self._netlink.send(
+            DaemonReady(
+                os.getpid(),
+                int(self._welcome["node"]),
+                int(self._welcome["epoch"]),
+                int(self._welcome["home"]),
+                self._volume.bytes,
+            )
+        )
+        self.attached.set()
+
+    # -- sending ---------------------------------------------------------------------------------------------------
+
+    def record(self, record: Record) -> None:
+        """Send a lock or state message over netlink."""
+        if self._netlink is not None:
+            self._netlink.send(record)
+
+    def frame(
+        self, kind: FrameType, parts: list[bytes], epoch: int = 0, session: int = 0, seq: int = 0, fd: int = -1
+    ) -> None:
+        """Send a frame over daemon.sock, with a descriptor where *fd* is one."""
+        if self._conn is not None:
+            fds = [fd] if fd >= 0 else []
+            self._conn.send(kind, parts, epoch=epoch, session=session, seq=seq, fds=fds)
+
+    def freeze(self, epoch: int, home: int) -> None:
+        """New operations wait from now on (RECOVERY_START of the epoch that ends)."""
+        self.record(RecoveryStart(epoch, home))
+
+    def resume(self, epoch: int, home: int, implicit: bool, recorded: list[int], mount_fd: int) -> None:
+        """Go on under *epoch*. On the home: *mount_fd* is the lower mount, *recorded* what others hold locks on."""
+        fields = {"epoch": epoch, "home": home, "implicit": implicit}
+        self.frame(FrameType.RECLAIM, [struct.pack(f"!{len(recorded)}Q", *recorded)], epoch=epoch)
+        self.frame(FrameType.RESUME, [pack_json(fields)], epoch=epoch, fd=mount_fd)
+        self.record(RecoveryDone(epoch, home))

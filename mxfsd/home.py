@@ -1,0 +1,653 @@
+"""Shipped operations at the home: locks, execution on the lower XFS, durability, reply.
+
+An operation has three parts. First it takes operation locks, in the order of inode numbers. Then it runs, in one piece:
+no other operation of this process comes in between. Then, its locks given back, it waits until everything that it
+changed or saw is durable (the XFS log forced, in groups), and is answered. DESIGN.md sections 5 and 6.
+"""
+
+import asyncio
+import errno
+import os
+import stat
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any, NamedTuple
+
+from mxfs_proto.errors import PeerError
+from mxfs_proto.lockflags import LockFlag
+from mxfs_proto.modes import LockMode, covers
+from mxfs_proto.ops import (
+    MAX_DATA,
+    NO_FID,
+    Attr,
+    Fid,
+    Grant,
+    Op,
+    OpFlag,
+    Request,
+    Valid,
+    WriteFlag,
+    pack_entries,
+    pack_error,
+    pack_reply,
+)
+from mxfsd.core.dlm import Effect, LockMaster
+from mxfsd.io.lower import Lower, kill_priv
+
+INTERNAL_REQ = 1 << 63
+"""Set in the request id of a cached lock that the home asks for on a node's behalf, to send it with a reply."""
+_READDIR_MAX = 4096
+
+
+class Frozen(Exception):
+    """The home is being moved: the operation was not executed, the client sends it again to the next home."""
+
+
+class LogForcer:
+    """Forces the XFS log in groups: one fsync covers every change made before it began.
+
+    fsync of an inode forces the log up to its last change (xfs_file_fsync), and the log is written in order: so
+    fsync of the inode that changed last makes all earlier changes durable too.
+    """
+
+    def __init__(self, lower: Lower) -> None:
+        self._lower = lower
+        self._ticket = 0
+        self._forced = 0
+        self._last = lower.root
+        self._tickets: dict[int, int] = {}
+        self._waiters: list[tuple[int, asyncio.Future[None]]] = []
+        self._task: asyncio.Task[None] | None = None
+        self.forces = 0
+
+    def changed(self, fid: Fid, *also: int) -> None:
+        """Note that *fid* (and the inodes *also*) changed just now, in that order or in one transaction."""
+        self._ticket += 1
+        self._last = fid
+        self._tickets[fid.ino] = self._ticket
+        for ino in also:
+            self._tickets[ino] = self._ticket
+
+    def ticket(self, inos: Iterable[int]) -> int:
+        """The force that must be over before a reply about these inodes goes out (0: none)."""
+        if not self._tickets:
+            return 0
+        return max((self._tickets.get(ino, 0) for ino in inos), default=0)
+
+    async def wait(self, ticket: int) -> None:
+        """Wait for the force of *ticket*; OSError where it failed: then nothing may be answered as done."""
+        if ticket <= self._forced:
+            return
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters.append((ticket, future))
+        if self._task is None:
+            self._task = asyncio.create_task(self._run())
+        await future
+
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            while self._waiters:
+                ticket = self._ticket
+                error: OSError | None = None
+                try:
+                    await loop.run_in_executor(None, self._lower.sync, self._last)
+                except OSError as exc:
+                    error = exc
+                else:
+                    self._forced = ticket
+                    self.forces += 1
+                    if ticket == self._ticket:
+                        self._tickets.clear()
+                waiting = self._waiters
+                self._waiters = [pair for pair in waiting if pair[0] > ticket]
+                for wanted, future in waiting:
+                    if wanted <= ticket and not future.done():
+                        if error is not None:
+                            future.set_exception(error)
+                        else:
+                            future.set_result(None)
+        finally:
+            self._task = None
+
+
+class _Unstable(NamedTuple):
+    """Data of a file that shipped writes left in the lower page cache."""
+
+    fid: Fid
+    writer: int
+    """The one node that wrote it (DESIGN.md section 6)."""
+    serial: int
+    """Differs after each write, so that a commit that began before the last write does not count for it."""
+
+
+class _Context:
+    """One running operation."""
+
+    __slots__ = ("executed", "gid", "grants", "held", "home", "node", "op_id", "seen", "uid", "want_lock")
+
+    def __init__(self, home: "HomeService", node: int, op_id: int, request: Request) -> None:
+        self.home = home
+        self.node = node
+        self.op_id = op_id
+        self.uid = request.uid
+        self.gid = request.gid
+        self.want_lock = bool(request.flags & OpFlag.WANT_LOCK)
+        self.held: list[int] = []
+        self.seen: list[int] = []
+        self.grants: list[Grant] = []
+        self.executed = False
+
+    async def lock(self, *wants: tuple[int, LockMode]) -> None:
+        """Take operation locks in inode order (all that an operation holds at once are taken in one call)."""
+        for ino, mode in sorted(set(wants)):
+            await self.home.op_lock(self, ino, mode)
+            self.seen.append(ino)
+            self.held.append(ino)
+
+    def unlock(self) -> None:
+        for ino in self.held:
+            self.home.op_unlock(self, ino)
+        self.held.clear()
+
+    def grant(self, ino: int, mode: LockMode) -> None:
+        """Give the node a cached lock on what this operation has locked, where nothing conflicts."""
+        if self.want_lock:
+            got, seq = self.home.master.grant_with_op(self.home.now(), self.node, ino, mode)
+            if got != LockMode.NL:
+                self.grants.append(Grant(ino, int(got), seq))
+
+
+class Outcome(NamedTuple):
+    """How an operation ended."""
+
+    op: Op
+    errno: int
+    grants: list[Grant]
+    values: list[Any]
+
+    def parts(self) -> list[bytes]:
+        """The reply, in parts."""
+        if self.errno:
+            return pack_error(self.errno, self.grants)
+        return pack_reply(self.op, self.grants, self.values)
+
+    def to_keep(self) -> bytes:
+        """The reply for a repetition. It carries no locks: they would be grants of another time."""
+        return b"".join(self._replace(grants=[]).parts())
+
+
+class HomeService:
+    """Runs shipped operations. *run_effects* carries out what the lock master decides (sends, wake-ups)."""
+
+    def __init__(
+        self,
+        lower: Lower,
+        master: LockMaster,
+        now: Callable[[], int],
+        run_effects: Callable[[list[Effect]], None],
+        readonly: bool = False,
+    ) -> None:
+        self.lower = lower
+        self.master = master
+        self.now = now
+        self._run_effects = run_effects
+        self._readonly = readonly
+        self.forcer = LogForcer(lower)
+        self._op_ids = 0
+        self._serial = 0
+        self._op_waits: dict[tuple[int, int], asyncio.Future[None]] = {}
+        self._req_waits: dict[int, asyncio.Future[tuple[LockMode, int]]] = {}
+        self._running: dict[asyncio.Task[Any], _Context] = {}
+        self._unstable: dict[int, _Unstable] = {}
+        self._orphans: dict[int, Fid] = {} if readonly else {fid.ino: fid for fid in lower.orphans()}
+        self.frozen = False
+        self.executed = 0
+        self.bytes_read = 0
+        self.bytes_written = 0
+        self._handlers: dict[Op, Callable[..., Awaitable[list[Any]]]] = {
+            op: getattr(self, "_" + op.name.lower()) for op in Op
+        }
+
+    # -- running ---------------------------------------------------------------------------------------------------
+
+    async def execute(self, node: int, request: Request) -> Outcome:
+        """Run one operation of *node*. Raises Frozen where it was not executed."""
+        if self.frozen:
+            raise Frozen
+        self._op_ids += 1
+        context = _Context(self, node, self._op_ids, request)
+        task = asyncio.current_task()
+        assert task is not None
+        self._running[task] = context
+        try:
+            try:
+                values = await self._handlers[request.op](context, *request.values)
+            finally:
+                context.unlock()
+            await self.forcer.wait(self.forcer.ticket(context.seen))
+        except OSError as exc:
+            return Outcome(request.op, exc.errno or errno.EIO, context.grants, [])
+        except asyncio.CancelledError:
+            if self.frozen and not context.executed:
+                raise Frozen from None
+            raise
+        finally:
+            del self._running[task]
+        self.executed += 1
+        return Outcome(request.op, 0, context.grants, values)
+
+    async def freeze(self) -> None:
+        """Begin a change of home: operations that still wait for locks are dropped, the others end."""
+        self.frozen = True
+        for task, context in list(self._running.items()):
+            if not context.executed:
+                task.cancel()
+        while self._running:
+            await asyncio.wait(list(self._running))
+
+    def replace_lower(self, lower: Lower) -> None:
+        """Serve again over another mount (the change of home was called off)."""
+        self.lower = lower
+        self.forcer = LogForcer(lower)
+        self.frozen = False
+
+    # -- locks -----------------------------------------------------------------------------------------------------
+
+    async def op_lock(self, context: _Context, ino: int, mode: LockMode) -> None:
+        """Take an operation lock; cancelled, it leaves nothing behind."""
+        key = (context.op_id, ino)
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._op_waits[key] = future
+        try:
+            self._run_effects(self.master.op_request(self.now(), context.node, context.op_id, ino, mode))
+            await future
+        except asyncio.CancelledError:
+            self._run_effects(self.master.op_release(self.now(), context.op_id, ino))
+            raise
+        finally:
+            del self._op_waits[key]
+
+    def op_unlock(self, context: _Context, ino: int) -> None:
+        """Give an operation lock back."""
+        self._run_effects(self.master.op_release(self.now(), context.op_id, ino))
+
+    def op_granted(self, op_id: int, ino: int) -> None:
+        """The master granted an operation lock."""
+        future = self._op_waits.get((op_id, ino))
+        if future is not None and not future.done():
+            future.set_result(None)
+
+    def op_denied(self, op_id: int, ino: int, code: int) -> None:
+        """The operation's node is gone: nobody waits for its end."""
+        future = self._op_waits.get((op_id, ino))
+        if future is not None and not future.done():
+            future.set_exception(OSError(code, os.strerror(code)))
+
+    def internal_grant(self, req_id: int, mode: LockMode, seq: int) -> None:
+        """The master answered a request with INTERNAL_REQ set."""
+        future = self._req_waits.get(req_id)
+        if future is not None and not future.done():
+            future.set_result((mode, seq))
+
+    async def _cached_lock(self, context: _Context, ino: int, mode: LockMode) -> bool:
+        """Get the node a cached lock to send with the reply; False where a holder keeps what conflicts."""
+        self._op_ids += 1
+        req_id = self._op_ids | INTERNAL_REQ
+        future: asyncio.Future[tuple[LockMode, int]] = asyncio.get_running_loop().create_future()
+        self._req_waits[req_id] = future
+        try:
+            self._run_effects(self.master.request(self.now(), context.node, req_id, ino, mode, LockFlag.ALT_UNCACHED))
+            got, seq = await future
+        except asyncio.CancelledError:
+            self._run_effects(self.master.cancel(self.now(), context.node, req_id))
+            raise
+        finally:
+            del self._req_waits[req_id]
+        if got == LockMode.NL:
+            return False
+        await self.commit_before(ino, context.node)
+        context.grants.append(Grant(ino, int(got), seq))
+        return True
+
+    def held_by(self, node: int, ino: int, mode: LockMode) -> bool:
+        """Whether *node* holds a cached lock on the inode that covers *mode*."""
+        return covers(self.master.mode_of(node, ino), mode)
+
+    # -- durability of data ----------------------------------------------------------------------------------------
+
+    async def commit_before(self, ino: int, node: int) -> None:
+        """Commit another node's unstable data of the inode, before *node* sees or changes it."""
+        entry = self._unstable.get(ino)
+        if entry is None or entry.writer == node:
+            return
+        await asyncio.get_running_loop().run_in_executor(None, self.lower.sync, entry.fid)
+        if self._unstable.get(ino) == entry:
+            del self._unstable[ino]
+
+    def _note_unstable(self, fid: Fid, node: int) -> None:
+        self._serial += 1
+        self._unstable[fid.ino] = _Unstable(fid, node, self._serial)
+
+    def must_commit(self, ino: int, node: int) -> bool:
+        """Whether commit_before() has work to do."""
+        entry = self._unstable.get(ino)
+        return entry is not None and entry.writer != node
+
+    # -- objects ---------------------------------------------------------------------------------------------------
+
+    def _live_attr(self, fid: Fid) -> Attr:
+        attr = self.lower.getattr(fid)
+        if fid.ino in self._orphans or (attr.nlink == 1 and stat.S_ISREG(attr.mode) and self.lower.is_orphan(fid)):
+            return attr._replace(nlink=0)
+        return attr
+
+    async def _attr_with_lock(self, context: _Context, fid: Fid) -> Attr:
+        """Attributes, with a PR lock for the node where it wants one and nobody keeps it away."""
+        context.seen.append(fid.ino)
+        if context.want_lock and await self._cached_lock(context, fid.ino, LockMode.PR):
+            return self._live_attr(fid)
+        await context.lock((fid.ino, LockMode.CR))
+        await self.commit_before(fid.ino, context.node)
+        return self._live_attr(fid)
+
+    def _victim(self, context: _Context, attr: Attr, known: Fid) -> Fid | None:
+        """The object that loses its last name, where it must be kept because it is, or may be, open somewhere."""
+        if attr.nlink != 1 or stat.S_ISDIR(attr.mode):
+            return None
+        fid = Fid(attr.ino, attr.gen)
+        opens = self.master.opens_of(attr.ino)
+        promised = known == fid
+        for node, (readers, writers) in opens.items():
+            if (readers or writers) and not (promised and node == context.node):
+                return fid
+        if not promised and self.master.mode_of(context.node, attr.ino) != LockMode.NL:
+            return fid  # it may have it open under that lock without having said so
+        return None
+
+    def reap_if_closed(self, ino: int) -> None:
+        """Free an orphan once no node has it open (called when a node reported that it closed its last descriptor)."""
+        fid = self._orphans.get(ino)
+        if fid is not None and not self.frozen:
+            task = asyncio.get_running_loop().create_task(self.execute(0, Request(Op.REAP, 0, 0, 0, 0, [*fid])))
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())
+
+    def reap_all(self) -> None:
+        """Try every orphan: after recovery, when all nodes have said what they have open."""
+        for ino in list(self._orphans):
+            self.reap_if_closed(ino)
+
+    def _kept(self, fid: Fid | None) -> list[Any]:
+        if fid is None:
+            return [*NO_FID]
+        self._orphans[fid.ino] = fid
+        return [*fid]
+
+    # -- handlers: one an operation, in the order of Op ------------------------------------------------------------
+
+    async def _lookup(self, c: _Context, ino: int, gen: int, name: bytes) -> list[Any]:
+        parent = Fid(ino, gen)
+        while True:
+            await c.lock((ino, LockMode.PR))
+            try:
+                attr = self.lower.lookup(parent, name)
+            except FileNotFoundError:
+                c.grant(ino, LockMode.PR)
+                raise
+            c.grant(ino, LockMode.PR)
+            c.unlock()
+            try:
+                return [await self._attr_with_lock(c, Fid(attr.ino, attr.gen))]
+            except OSError as exc:
+                if exc.errno != errno.ESTALE:
+                    raise
+            c.unlock()
+            c.grants.clear()  # removed between the two steps: look again
+
+    async def _getattr(self, c: _Context, ino: int, gen: int) -> list[Any]:
+        return [await self._attr_with_lock(c, Fid(ino, gen))]
+
+    async def _setattr(self, c: _Context, ino: int, gen: int, valid: int, *rest: int) -> list[Any]:
+        await c.lock((ino, LockMode.EX))
+        await self.commit_before(ino, c.node)
+        c.executed = True
+        fid = Fid(ino, gen)
+        attr = self.lower.setattr(fid, valid, *rest)
+        self.forcer.changed(fid)
+        if ino in self._orphans:
+            attr = attr._replace(nlink=0)
+        if valid & Valid.SIZE:
+            self._note_unstable(fid, c.node)
+        return [attr]
+
+    async def _readlink(self, c: _Context, ino: int, gen: int) -> list[Any]:
+        c.seen.append(ino)
+        return [self.lower.readlink(Fid(ino, gen))]
+
+    async def _made(self, c: _Context, parent: Fid, attr: Attr, mode: LockMode) -> None:
+        """After a creation: the parent's lock back, the force begun, and a lock on the new object meanwhile."""
+        self.forcer.changed(parent, attr.ino)
+        c.seen.append(attr.ino)
+        c.grant(parent.ino, LockMode.PR)
+        c.unlock()
+        if c.want_lock:
+            await asyncio.gather(
+                self._cached_lock(c, attr.ino, mode), self.forcer.wait(self.forcer.ticket((attr.ino,)))
+            )
+
+    async def _mknod(self, c: _Context, ino: int, gen: int, name: bytes, mode: int, rdev: int) -> list[Any]:
+        await c.lock((ino, LockMode.EX))
+        c.executed = True
+        parent = Fid(ino, gen)
+        attr = self.lower.mknod(parent, name, mode, rdev, c.uid, c.gid)
+        await self._made(c, parent, attr, LockMode.PR)
+        return [attr]
+
+    async def _mkdir(self, c: _Context, ino: int, gen: int, name: bytes, mode: int) -> list[Any]:
+        await c.lock((ino, LockMode.EX))
+        c.executed = True
+        parent = Fid(ino, gen)
+        attr = self.lower.mkdir(parent, name, mode, c.uid, c.gid)
+        await self._made(c, parent, attr, LockMode.PR)
+        return [attr]
+
+    async def _symlink(self, c: _Context, ino: int, gen: int, name: bytes, target: bytes) -> list[Any]:
+        await c.lock((ino, LockMode.EX))
+        c.executed = True
+        parent = Fid(ino, gen)
+        attr = self.lower.symlink(parent, name, target, c.uid, c.gid)
+        await self._made(c, parent, attr, LockMode.PR)
+        return [attr]
+
+    async def _link(self, c: _Context, ino: int, gen: int, parent_ino: int, parent_gen: int, name: bytes) -> list[Any]:
+        await c.lock((ino, LockMode.EX), (parent_ino, LockMode.EX))
+        if ino in self._orphans:
+            raise FileNotFoundError(errno.ENOENT, "it has no name any more")
+        c.executed = True
+        parent = Fid(parent_ino, parent_gen)
+        attr = self.lower.link(Fid(ino, gen), parent, name)
+        self.forcer.changed(parent, ino)
+        return [attr]
+
+    async def _lock_named(
+        self, c: _Context, dirs: tuple[Fid, ...], names: tuple[tuple[Fid, bytes], ...]
+    ) -> list[Attr | None]:
+        """Lock *dirs* and what stands under *names* in EX, in inode order: look, lock, look again until it agrees."""
+        while True:
+            before = [self._peek(parent, name) for parent, name in names]
+            wants = {fid.ino for fid in dirs} | {attr.ino for attr in before if attr is not None}
+            await c.lock(*((ino, LockMode.EX) for ino in wants))
+            after = [self._peek(parent, name) for parent, name in names]
+            if [a and (a.ino, a.gen) for a in before] == [a and (a.ino, a.gen) for a in after]:
+                return after
+            c.unlock()
+
+    def _peek(self, parent: Fid, name: bytes) -> Attr | None:
+        try:
+            return self.lower.lookup(parent, name)
+        except FileNotFoundError:
+            return None
+
+    async def _unlink(self, c: _Context, ino: int, gen: int, name: bytes, v_ino: int, v_gen: int) -> list[Any]:
+        parent = Fid(ino, gen)
+        (attr,) = await self._lock_named(c, (parent,), ((parent, name),))
+        if attr is None:
+            raise FileNotFoundError(errno.ENOENT, "no such file")
+        keep = self._victim(c, attr, Fid(v_ino, v_gen))
+        c.executed = True
+        self.lower.unlink(parent, name, keep)
+        self._gone(attr, keep)
+        self.forcer.changed(parent, attr.ino)
+        c.grant(ino, LockMode.PR)
+        return self._kept(keep)
+
+    def _gone(self, attr: Attr, keep: Fid | None) -> None:
+        """An object lost a name: where that was its last, close what this process has of it."""
+        if keep is None and (attr.nlink == 1 or stat.S_ISDIR(attr.mode)):
+            self.lower.forget(Fid(attr.ino, attr.gen))
+            self._unstable.pop(attr.ino, None)
+
+    async def _rmdir(self, c: _Context, ino: int, gen: int, name: bytes) -> list[Any]:
+        parent = Fid(ino, gen)
+        (attr,) = await self._lock_named(c, (parent,), ((parent, name),))
+        if attr is None:
+            raise FileNotFoundError(errno.ENOENT, "no such directory")
+        c.executed = True
+        self.lower.rmdir(parent, name)
+        self._gone(attr, None)
+        self.forcer.changed(parent, attr.ino)
+        c.grant(ino, LockMode.PR)
+        return []
+
+    async def _rename(
+        self, c: _Context, o_ino: int, o_gen: int, o_name: bytes, n_ino: int, n_gen: int, n_name: bytes, flags: int,
+        v_ino: int, v_gen: int,
+    ) -> list[Any]:  # fmt: skip
+        old, new = Fid(o_ino, o_gen), Fid(n_ino, n_gen)
+        source, target = await self._lock_named(c, (old, new), ((old, o_name), (new, n_name)))
+        if source is None:
+            raise FileNotFoundError(errno.ENOENT, "no such file")
+        replaced = target if target is not None and not flags and target.ino != source.ino else None
+        keep = self._victim(c, replaced, Fid(v_ino, v_gen)) if replaced is not None else None
+        c.executed = True
+        self.lower.rename(old, o_name, new, n_name, flags, keep)
+        if replaced is not None:
+            self._gone(replaced, keep)
+        also = [attr.ino for attr in (source, target) if attr is not None]
+        self.forcer.changed(new, old.ino, *also)
+        c.grant(o_ino, LockMode.PR)
+        if n_ino != o_ino:
+            c.grant(n_ino, LockMode.PR)
+        return self._kept(keep)
+
+    async def _create(self, c: _Context, ino: int, gen: int, name: bytes, mode: int, flags: int) -> list[Any]:
+        await c.lock((ino, LockMode.EX))
+        parent = Fid(ino, gen)
+        c.executed = True
+        try:
+            fd, attr = self.lower.create(parent, name, mode, c.uid, c.gid)
+        except FileExistsError:
+            if flags & os.O_EXCL:
+                raise
+            found = self.lower.lookup(parent, name)
+            c.unlock()
+            if not stat.S_ISREG(found.mode):
+                raise
+            return [1, await self._attr_with_lock(c, Fid(found.ino, found.gen))]
+        os.close(fd)
+        await self._made(c, parent, attr, LockMode.EX)
+        return [0, attr]
+
+    async def _read(self, c: _Context, ino: int, gen: int, offset: int, size: int) -> list[Any]:
+        if not self.held_by(c.node, ino, LockMode.PR):
+            await c.lock((ino, LockMode.CR))
+            await self.commit_before(ino, c.node)
+        c.seen.append(ino)
+        data = os.pread(self.lower.file_fd(Fid(ino, gen)), min(size, MAX_DATA), offset)
+        self.bytes_read += len(data)
+        return [data]
+
+    async def _write(self, c: _Context, ino: int, gen: int, offset: int, flags: int, data: bytes) -> list[Any]:
+        if not self.held_by(c.node, ino, LockMode.PW):
+            await c.lock((ino, LockMode.CW))
+            await self.commit_before(ino, c.node)
+        c.executed = True
+        fid = Fid(ino, gen)
+        fd = self.lower.file_fd(fid)
+        if flags & WriteFlag.APPEND:
+            offset = os.fstat(fd).st_size
+        done = os.pwrite(fd, data, offset)
+        if flags & WriteFlag.KILL_PRIV:
+            kill_priv(fd)
+        self._note_unstable(fid, c.node)
+        self.bytes_written += done
+        return [offset, done]
+
+    async def _fsync(self, c: _Context, ino: int, gen: int, datasync: int) -> list[Any]:
+        c.executed = True
+        fid = Fid(ino, gen)
+        self.lower.getattr(fid)  # ESTALE where it is gone
+        entry = self._unstable.get(ino)
+        await asyncio.get_running_loop().run_in_executor(None, self.lower.sync, fid)
+        if entry is not None and self._unstable.get(ino) == entry:
+            del self._unstable[ino]
+        return []
+
+    async def _readdir(self, c: _Context, ino: int, gen: int, after: bytes, limit: int) -> list[Any]:
+        await c.lock((ino, LockMode.PR))
+        entries, whole = self.lower.readdir(Fid(ino, gen), after, min(limit or _READDIR_MAX, _READDIR_MAX))
+        c.grant(ino, LockMode.PR)
+        return [int(whole), pack_entries(entries)]
+
+    async def _statfs(self, c: _Context) -> list[Any]:
+        return [*self.lower.statfs()]
+
+    async def _setxattr(self, c: _Context, ino: int, gen: int, name: bytes, value: bytes, flags: int) -> list[Any]:
+        await c.lock((ino, LockMode.EX))
+        c.executed = True
+        fid = Fid(ino, gen)
+        self.lower.setxattr(fid, name, value, flags)
+        self.forcer.changed(fid)
+        return []
+
+    async def _getxattr(self, c: _Context, ino: int, gen: int, name: bytes) -> list[Any]:
+        await c.lock((ino, LockMode.CR))
+        return [self.lower.getxattr(Fid(ino, gen), name)]
+
+    async def _listxattr(self, c: _Context, ino: int, gen: int) -> list[Any]:
+        await c.lock((ino, LockMode.CR))
+        return [b"".join(name + b"\0" for name in self.lower.listxattr(Fid(ino, gen)))]
+
+    async def _removexattr(self, c: _Context, ino: int, gen: int, name: bytes) -> list[Any]:
+        await c.lock((ino, LockMode.EX))
+        c.executed = True
+        fid = Fid(ino, gen)
+        self.lower.removexattr(fid, name)
+        self.forcer.changed(fid)
+        return []
+
+    async def _reap(self, c: _Context, ino: int, gen: int) -> list[Any]:
+        fid = Fid(ino, gen)
+        if self._orphans.get(ino) != fid and not self.lower.is_orphan(fid):
+            return []
+        await c.lock((ino, LockMode.EX))
+        for node, (readers, writers) in self.master.opens_of(ino).items():
+            if node != c.node and (readers or writers):
+                return []
+        c.executed = True
+        self.lower.reap(fid)
+        self._orphans.pop(ino, None)
+        self._unstable.pop(ino, None)
+        return []
+
+    async def _sync(self, c: _Context) -> list[Any]:
+        c.executed = True
+        await asyncio.get_running_loop().run_in_executor(None, self.lower.syncfs)
+        self._unstable.clear()
+        return []
+
+
+def check_request(request: Request) -> None:
+    """Refuse what no client of ours sends: names with a slash or none, data beyond the cap."""
+    for value in request.values:
+        if isinstance(value, bytes) and len(value) > MAX_DATA:
+            raise PeerError(f"operation {request.op.name} carries {len(value)} bytes, more than {MAX_DATA}")

@@ -1,0 +1,248 @@
+"""What a node does while it is the home: master of the locks, shipped operations, and the nodes it serves."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any
+
+import structlog
+
+from mxfs_proto.errors import MxfsError, PeerError
+from mxfs_proto.frames import Frame, FrameType, unpack_reclaim
+from mxfs_proto.modes import LockMode
+from mxfs_proto.ops import Op, Request, unpack_request
+from mxfs_proto.records import LockBast, LockDeny, LockGrant, LockRecord, LockRelease, LockReq, Opens
+from mxfsd.core.dlm import Effect, LockMaster
+from mxfsd.core.epochs import first_seq
+from mxfsd.core.lockeffects import Bast, BastSilent, Deny, Grant, OpDenied, OpGranted, WaitLong
+from mxfsd.core.sessions import Replay, SessionTable, Verdict
+from mxfsd.core.timeouts import Timeouts
+from mxfsd.home import INTERNAL_REQ, Frozen, HomeService, check_request
+from mxfsd.io.lower import Lower
+
+log = structlog.get_logger(__name__)
+
+_READS = frozenset(
+    {Op.LOOKUP, Op.GETATTR, Op.READLINK, Op.READ, Op.READDIR, Op.STATFS, Op.GETXATTR, Op.LISTXATTR, Op.FSYNC, Op.SYNC}
+)
+"""Operations that may run twice: their replies are not kept."""
+
+
+def now_ms() -> int:
+    """Milliseconds of this machine's monotonic clock."""
+    return time.monotonic_ns() // 1_000_000
+
+
+class HomeRole:
+    """The home's half of the protocol. *send_lock* and *send_frame* reach a node, the home's own FUSE layer too."""
+
+    def __init__(
+        self,
+        slot: int,
+        epoch: int,
+        lower: Lower,
+        timeouts: Timeouts,
+        sessions: SessionTable,
+        readonly: bool,
+        send_lock: Callable[[int, LockRecord], None],
+        send_frame: Callable[[int, FrameType, list[bytes], int, int], None],
+        on_silent: Callable[[int], None],
+    ) -> None:
+        self.slot = slot
+        self.epoch = epoch
+        self.lower = lower
+        self.sessions = sessions
+        self._send_lock = send_lock
+        self._send_frame = send_frame
+        self._on_silent = on_silent
+        self.master = LockMaster(slot, timeouts, first_seq=first_seq(epoch))
+        self.service = HomeService(lower, self.master, now_ms, self.run, readonly)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._ordered: dict[tuple[int, int], asyncio.Task[None]] = {}
+        self._sessions_of: dict[int, set[int]] = {}
+        self._reclaims: dict[int, set[int]] = {}
+        self._incarnations: dict[int, int] = {}
+        self.shipped = 0
+
+    # -- operations ------------------------------------------------------------------------------------------------
+
+    def on_operation(self, node: int, frame: Frame) -> None:
+        """Take an OP_REQ of *node*; the reply goes out when it is done. Raises PeerError."""
+        if frame.epoch != self.epoch:
+            return  # sent before the node knew of this home: it sends it again
+        request = unpack_request(frame.payload)
+        check_request(request)
+        if request.op in _READS:
+            self._spawn(self._run_operation(node, frame.session, frame.seq, request, keep=False))
+            return
+        self._sessions_of.setdefault(node, set()).add(frame.session)
+        answer = self.sessions.begin(frame.session, frame.seq, request.ack)
+        if answer is Verdict.NEW:
+            self._spawn(self._run_operation(node, frame.session, frame.seq, request, keep=True))
+        elif isinstance(answer, Replay):
+            self._send_frame(node, FrameType.OP_REPLY, [answer.reply], frame.session, frame.seq)
+        elif answer is Verdict.STALE:
+            log.warning("operation of a settled sequence ignored", peer=node, seq=frame.seq)
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _run_operation(self, node: int, session: int, seq: int, request: Request, keep: bool) -> None:
+        self.shipped += 1
+        try:
+            outcome = await self.service.execute(node, request)
+        except Frozen:
+            if keep:
+                self.sessions.abandon(session, seq)
+            return
+        except MxfsError as exc:
+            log.error("operation failed", peer=node, op=request.op.name, reason=str(exc))
+            raise
+        if keep:
+            self.sessions.done(session, seq, outcome.to_keep())
+        self._send_frame(node, FrameType.OP_REPLY, outcome.parts(), session, seq)
+
+    # -- locks -----------------------------------------------------------------------------------------------------
+
+    def on_lock(self, node: int, record: LockRecord) -> None:
+        """Take a lock message of *node*."""
+        now = now_ms()
+        if isinstance(record, LockReq):
+            if record.req_id & INTERNAL_REQ:
+                raise PeerError(f"node {node} used request id {record.req_id:#x}, which is the home's own")
+            opens = (record.opens_r, record.opens_w)
+            self.run(self.master.request(now, node, record.req_id, record.ino, record.mode, record.flags, opens))
+        elif isinstance(record, LockRelease):
+            opens = (record.opens_r, record.opens_w)
+            self.run(self.master.release(now, node, record.ino, record.seq, record.mode, opens))
+            self._maybe_reap(record.ino, opens)
+        elif isinstance(record, Opens):
+            opens = (record.opens_r, record.opens_w)
+            self.run(self.master.opens_update(now, node, record.ino, opens))
+            self._maybe_reap(record.ino, opens)
+        else:
+            raise PeerError(f"node {node} sent {type(record).__name__}, which only the home sends")
+
+    def _maybe_reap(self, ino: int, opens: tuple[int, int]) -> None:
+        if opens == (0, 0):
+            self.service.reap_if_closed(ino)
+
+    def run(self, effects: list[Effect]) -> None:
+        """Carry out what the master decided, in order."""
+        for effect in effects:
+            if isinstance(effect, OpGranted):
+                self.service.op_granted(effect.op_id, effect.ino)
+            elif isinstance(effect, Grant):
+                self._grant(effect)
+            elif isinstance(effect, Bast):
+                self._to_node(effect.node, effect.ino, LockBast(effect.ino, effect.seq, effect.mode, effect.flags))
+            elif isinstance(effect, Deny):
+                if not effect.req_id & INTERNAL_REQ:
+                    self._to_node(effect.node, effect.ino, LockDeny(effect.req_id, effect.ino, effect.errno))
+            elif isinstance(effect, OpDenied):
+                self.service.op_denied(effect.op_id, effect.ino, effect.errno)
+            elif isinstance(effect, BastSilent):
+                log.warning("no answer to a blocking AST", peer=effect.node, ino=effect.ino)
+                self._on_silent(effect.node)
+            elif isinstance(effect, WaitLong):
+                log.warning("lock wait", peer=effect.node, ino=effect.ino, waited_ms=effect.waited_ms)
+
+    def _grant(self, effect: Grant) -> None:
+        if effect.req_id & INTERNAL_REQ:
+            self.service.internal_grant(effect.req_id, effect.mode, effect.seq)
+            return
+        record = LockGrant(effect.req_id, effect.ino, effect.mode, effect.seq, effect.flags)
+        if effect.mode != LockMode.NL and self.service.must_commit(effect.ino, effect.node):
+            # Another node's unstable data becomes visible with this grant: it is committed first.
+            key = (effect.node, effect.ino)
+            before = self._ordered.get(key)
+            task = asyncio.get_running_loop().create_task(self._commit_and_send(effect, record, before))
+            self._ordered[key] = task
+            task.add_done_callback(lambda done: self._ordered.pop(key) if self._ordered.get(key) is done else None)
+            return
+        self._to_node(effect.node, effect.ino, record)
+
+    def _to_node(self, node: int, ino: int, record: LockRecord) -> None:
+        """Send a lock message; one for an inode whose grant waits for a commit goes out behind it."""
+        before = self._ordered.get((node, ino))
+        if before is None:
+            self._send_lock(node, record)
+        else:
+            before.add_done_callback(lambda _done: self._send_lock(node, record))
+
+    async def _commit_and_send(self, effect: Grant, record: LockGrant, before: asyncio.Task[None] | None) -> None:
+        if before is not None:
+            await asyncio.wait((before,))
+        await self.service.commit_before(effect.ino, effect.node)
+        self._send_lock(effect.node, record)
+
+    # -- nodes -----------------------------------------------------------------------------------------------------
+
+    def reclaim(self, node: int, frame: Frame) -> None:
+        """Register again what a node held under the home before."""
+        now = now_ms()
+        named = self._reclaims.setdefault(node, set())
+        for row in unpack_reclaim(frame.payload):
+            named.add(row.ino)
+            self.run(self.master.reclaim(now, node, row.ino, row.mode, (row.opens_r, row.opens_w)))
+
+    def reclaimed(self, node: int) -> None:
+        """The node has named everything: what it held before (a connection ago) and did not name, it holds no more."""
+        named = self._reclaims.pop(node, set())
+        now = now_ms()
+        for ino in self.master.recorded():
+            if ino in named:
+                continue
+            seq = self.master.seq_of(node, ino)
+            if seq:
+                self.run(self.master.release(now, node, ino, seq, LockMode.NL, (0, 0)))
+
+    def greet(self, node: int, incarnation: int) -> None:
+        """A node connected. An earlier incarnation of it is gone, with all it held."""
+        before = self._incarnations.get(node)
+        if before is not None and before != incarnation:
+            self.node_gone(node)
+        self._incarnations[node] = incarnation
+
+    def replace_lower(self, lower: Lower) -> None:
+        """Serve on over a new mount: a move of the home was called off."""
+        self.lower = lower
+        self.service.replace_lower(lower)
+
+    def lock_counts(self) -> dict[str, int]:
+        """Figures for ``mxfs status``."""
+        held = waiting = 0
+        for view in self.master.snapshot(now_ms()):
+            held += len(view.holders)
+            waiting += len(view.waiters)
+        return {"held": held, "cached": len(self.master), "waiting": waiting}
+
+    def operation_counts(self) -> dict[str, int]:
+        """Figures for ``mxfs status``."""
+        service = self.service
+        return {
+            "shipped": self.shipped,
+            "executed": service.executed,
+            "bytes_read": service.bytes_read,
+            "bytes_written": service.bytes_written,
+            "log_forces": service.forcer.forces,
+        }
+
+    def node_gone(self, node: int) -> None:
+        """A node left, or was evicted (after its lease ended): its locks, requests, opens and sessions end."""
+        self.run(self.master.node_gone(now_ms(), node))
+        for session in self._sessions_of.pop(node, ()):
+            self.sessions.drop(session)
+        self.service.reap_all()
+
+    def tick(self) -> None:
+        """Once in a while: time-outs of BASTs and waits."""
+        self.run(self.master.tick(now_ms()))
+
+    async def freeze(self) -> None:
+        """End or drop every operation; afterwards nothing runs and every reply was sent."""
+        await self.service.freeze()
+        while self._tasks or self._ordered:
+            await asyncio.wait([*self._tasks, *self._ordered.values()])

@@ -1,0 +1,90 @@
+"""What ``mxfs status`` and ``mxfs locks`` show, as JSON objects."""
+
+from typing import TYPE_CHECKING, Any
+
+from mxfs_proto.ondisk import SlotState
+from mxfsd.homerole import now_ms
+
+if TYPE_CHECKING:
+    from mxfsd.daemon import Daemon
+
+LOCKS_MAX = 20_000
+"""Resources listed at most."""
+
+
+def _name(daemon: "Daemon", slot: int) -> str:
+    report = daemon.heartbeat.report if daemon.heartbeat is not None else None
+    view = report.slots.get(slot) if report is not None else None
+    return view.name if view is not None else (f"slot {slot}" if slot else "")
+
+
+def status_report(daemon: "Daemon") -> dict[str, Any]:
+    """The state of this node and what it sees of the others."""
+    report = daemon.heartbeat.report if daemon.heartbeat is not None else None
+    nodes = []
+    for view in sorted(report.slots.values(), key=lambda v: v.slot) if report is not None else ():
+        if view.state is SlotState.FREE:
+            continue
+        nodes.append(
+            {
+                "slot": view.slot,
+                "name": view.name,
+                "state": view.state.name.lower(),
+                "incarnation": view.incarnation,
+                "age_ms": view.age_ms,
+                "home": view.slot == daemon.home_slot,
+                "address": str(view.addresses[0]) if view.addresses else "",
+            }
+        )
+    home = daemon.home
+    state = "serving" if daemon.serving else "recovering"
+    return {
+        "volume": str(daemon.volume),
+        "label": daemon.lockspace.label,
+        "device": daemon.device,
+        "mountpoint": daemon.mountpoint,
+        "node": daemon.name,
+        "slot": daemon.slot,
+        "home": _name(daemon, daemon.home_slot),
+        "home_slot": daemon.home_slot,
+        "epoch": daemon.epoch,
+        "state": state,
+        "role": "home" if home is not None else "client",
+        "nodes": nodes,
+        "locks": home.lock_counts() if home is not None else {},
+        "basts": home.master.basts if home is not None else 0,
+        "ops": home.operation_counts() if home is not None else {},
+        "fencing": "lease",
+        "pid": {"fuse": daemon.fuse.pid if daemon.fuse is not None else 0},
+    }
+
+
+def locks_report(daemon: "Daemon") -> dict[str, Any]:
+    """Each resource that some node but the home's own FUSE layer has asked for. Only the home knows."""
+    if daemon.home is None:
+        return {"home": _name(daemon, daemon.home_slot), "resources": [], "here": False}
+    resources: list[dict[str, Any]] = []
+    for view in daemon.home.master.snapshot(now_ms()):
+        if len(resources) >= LOCKS_MAX:
+            break
+        resources.append(
+            {
+                "ino": view.ino,
+                "holders": [
+                    {
+                        "node": _name(daemon, h.node),
+                        "mode": h.mode.name,
+                        "seq": h.seq,
+                        "age_ms": h.age_ms,
+                        "op": h.op_id,
+                    }
+                    for h in view.holders
+                ],
+                "waiters": [
+                    {"node": _name(daemon, w.node), "mode": w.mode.name, "age_ms": w.age_ms, "op": w.op_id}
+                    for w in view.waiters
+                ],
+                "opens": {_name(daemon, node): list(counts) for node, counts in view.opens},
+            }
+        )
+    return {"home": daemon.name, "resources": resources, "here": True}
