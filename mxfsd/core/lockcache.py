@@ -433,6 +433,11 @@ class LockCache:
         return len(self._wants)
 
     @property
+    def pinned(self) -> int:
+        """The number of resources in use."""
+        return len(self._uses.keys() | self._data.keys())
+
+    @property
     def revoking(self) -> int:
         """The number of locks on their way back."""
         return len(self._revokes)

@@ -75,19 +75,16 @@ class SessionTable:
         self._sessions: dict[int, _Session] = {}
 
     def begin(self, session: int, seq: int, ack: int) -> Verdict | Replay:
-        """A request arrived. Raises PeerError for an *ack* of what is not done, or when a limit is exceeded."""
+        """A request arrived. Raises PeerError for numbers that make no sense, or when a limit is exceeded.
+
+        An operation that runs while its number is acknowledged is a late repetition of a repeatable one.
+        """
         if not (0 <= ack < seq < _U64 and 0 <= session < _U64):
             raise PeerError(f"session {session:#x}: operation {seq} with ack {ack}")
         table = self._sessions.get(session)
         if table is None:
             table = _Session()
-        if ack > table.acked:
-            trimmed = [number for number in table.replies if number <= ack]
-            for number in trimmed:
-                if table.replies[number] is None:
-                    raise PeerError(f"session {session:#x}: ack {ack} while operation {number} is executed")
-        else:
-            trimmed = []
+        trimmed = [number for number in table.replies if number <= ack] if ack > table.acked else []
         if seq > table.acked and seq not in table.replies:
             size = table.size - sum(len(table.replies[number] or b"") for number in trimmed)
             if len(table.replies) - len(trimmed) >= self._max_replies or size > self._max_bytes:
@@ -107,10 +104,11 @@ class SessionTable:
     def done(self, session: int, seq: int, reply: bytes, *, repeatable: bool = False) -> None:
         """The operation was executed. *repeatable*: doing it again does no harm, so its reply is not kept.
 
-        A session dropped meanwhile is no error. Raises MisuseError where the operation was not begun.
+        A session dropped or a number acknowledged meanwhile is no error. Raises MisuseError where the operation was
+        not begun.
         """
         table = self._sessions.get(session)
-        if table is None:
+        if table is None or seq <= table.acked:
             return
         if table.replies.get(seq, b"") is not None:
             raise MisuseError(f"session {session:#x}: operation {seq} is not under way")
@@ -121,9 +119,9 @@ class SessionTable:
             table.size += len(reply)
 
     def abandon(self, session: int, seq: int) -> None:
-        """The operation was not executed and changed nothing; the client may send it again."""
+        """The operation was not executed and changed nothing; the client may send it again. Errors as for done()."""
         table = self._sessions.get(session)
-        if table is None:
+        if table is None or seq <= table.acked:
             return
         if table.replies.get(seq, b"") is not None:
             raise MisuseError(f"session {session:#x}: operation {seq} is not under way")
