@@ -550,18 +550,19 @@ class LockMaster:
             out.append(OpGranted(waiter.op_id, node, rec.ino))
             return
         others = self._others(rec, node)
+        own = rec.held.get(node)
+        whole = mode if own is None else JOIN[own.mode][mode]
         if others and waiter.flags & (_OPEN | _ALT):
-            # A writer caches only where no other node has the file open, whatever it asked for.
-            uncached = COVERS[mode][_PW] or (others & _OTHER_WRITER and waiter.flags & _OPEN)
-            if uncached:
+            # A writer caches only where no other node has the file open. (For ALT that is said of the whole mode: such
+            # a grant may ride with a reply, which has no room for OTHER_OPEN.)
+            uncached = COVERS[mode if waiter.flags & _OPEN else whole][_PW]
+            if uncached or (others & _OTHER_WRITER and waiter.flags & _OPEN):
                 self._uncached(rec, waiter, out)
                 return
+        mode = whole
         if waiter.opens is not None:
             self._set_opens(rec, node, waiter.opens)
-        own = rec.held.get(node)
-        if own is not None:
-            mode = JOIN[own.mode][mode]
-        elif node == self._home and not rec.held and not rec.ops and not rec.queue and not others:
+        if own is None and node == self._home and not (rec.held or rec.ops or rec.queue or others):
             mode = _EX
         hold = self._hold(rec, node, mode, now_ms)
         self.grants += 1

@@ -278,11 +278,19 @@ class LockCache:
         return out
 
     def adopt(
-        self, now_ms: int, ino: int, mode: LockMode, seq: int, flags: LockFlag = LockFlag.NONE
+        self, now_ms: int, ino: int, mode: LockMode, seq: int, flags: LockFlag | None = None
     ) -> list[CacheEffect]:
-        """Take a grant that came with an operation's reply. Use mode() afterwards: it may be called back already."""
+        """Take a grant that came with an operation's reply. Use mode() afterwards: it may be called back already.
+
+        *flags* None: the reply does not say who else has the file open; what was known of it stays.
+        """
         if mode is not _NL and seq > self._known(ino):
-            self._hold(now_ms, ino, mode, seq, int(flags) & _OTHERS)
+            if flags is None:
+                lock = self._locks.get(ino)
+                others = 0 if lock is None else lock.flags
+            else:
+                others = int(flags) & _OTHERS
+            self._hold(now_ms, ino, mode, seq, others)
         return []
 
     # -- giving up -------------------------------------------------------------------------------------------------

@@ -399,7 +399,12 @@ class Membership:
 
 
 class ClientLease:
-    """A node's lease on everything it caches, granted by the home with each renewal it answers."""
+    """A node's lease on everything it caches, granted by the home with each renewal it answers.
+
+    Once it has lapsed it must be seen to: only after expired() returned True, and everything was dropped, does an
+    answer count again. A node without a lease holds nothing: what it does hold when the home changes is reclaimed, or
+    dropped first.
+    """
 
     def __init__(self, lease_ms: int, margin_ms: int) -> None:
         """*margin_ms*: how long before its end everything must begin to be dropped."""
@@ -407,11 +412,16 @@ class ClientLease:
         self._margin_ms = margin_ms
         self._until_ms: int | None = None
 
-    def renewed(self, sent_ms: int) -> None:
-        """The home answered a renewal that was sent at *sent_ms*."""
+    def renewed(self, now_ms: int, sent_ms: int) -> bool:
+        """The home answered a renewal that was sent at *sent_ms*; return whether it counts."""
         until_ms = sent_ms + self._lease_ms
+        if now_ms >= until_ms - self._margin_ms:
+            return False
+        if self._until_ms is not None and now_ms >= self._until_ms - self._margin_ms:
+            return False
         if self._until_ms is None or until_ms > self._until_ms:
             self._until_ms = until_ms
+        return True
 
     def until_ms(self) -> int:
         """Return when caches must have been dropped; 0 without a lease."""
