@@ -35,7 +35,7 @@ from mxfsd.core.lockmodes import COMPATIBLE, COVERS, FLAGS, MEET
 _NL, _PR, _PW, _EX = LockMode.NL, LockMode.PR, LockMode.PW, LockMode.EX
 _OPEN, _MAY_KEEP = int(LockFlag.OPEN), int(LockFlag.MAY_KEEP)
 _OTHERS = int(LockFlag.OTHER_OPEN | LockFlag.OTHER_WRITER)
-_OTHER_WRITER = int(LockFlag.OTHER_WRITER)
+_OTHER_WRITER, _RECLAIM = int(LockFlag.OTHER_WRITER), int(LockFlag.RECLAIM)
 
 GIVEN_BACK_KEPT = 8192
 """So many resources given back have their last sequence remembered; the floor stands for those before."""
@@ -257,10 +257,13 @@ class LockCache:
             if lock is not None:
                 lock.flags |= int(flags) & _OTHERS
         elif seq > self._known(ino):
-            self._hold(now_ms, ino, mode, seq, int(flags) & _OTHERS)
+            others = int(flags) & _OTHERS
+            if int(flags) & _RECLAIM and lock is not None:
+                others |= lock.flags  # the other nodes may not have said yet what they have open
+            self._hold(now_ms, ino, mode, seq, others)
             if asked:
                 self._fresh[ino] = now_ms
-            elif self._implicit and mode is _EX and not int(flags) & _OTHERS and ino not in self._revokes:
+            elif self._implicit and mode is _EX and not others and ino not in self._revokes:
                 del self._locks[ino]
         if asked:
             self._end_want(req_id)
@@ -411,7 +414,8 @@ class LockCache:
         """Hold nothing any more (lease lost, evicted, home moved); return the inodes whose caches must be dropped.
 
         Implicit EX is not in the list: a home's executor knows itself what its kernel caches. Requests stay, for
-        resend(). Pins stay until they are unpinned, and passes under way until they end.
+        resend(). Pins stay until they are unpinned, and passes under way until they end: data pins of upcalls that wait
+        for the home must be unpinned now, and what those upcalls bring must not be cached.
         """
         dropped = [ino for ino, lock in self._locks.items() if lock.mode is not _NL]
         for ino in list(self._locks):
@@ -442,8 +446,8 @@ class LockCache:
 
     @property
     def pinned(self) -> int:
-        """The number of resources in use."""
-        return len(self._uses.keys() | self._data.keys())
+        """The number of resources in use (data pins not counted): a home gives its role up when there are none."""
+        return len(self._uses)
 
     @property
     def revoking(self) -> int:
