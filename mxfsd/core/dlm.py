@@ -76,6 +76,7 @@ class LockMaster:
         self._queued: dict[tuple[int, int], Record] = {}
         self._lingering: dict[int, int] = {}
         self._seq = first_seq - 1
+        self._grace = False
         self.basts = 0
         """BASTs sent, the repeated ones not counted."""
         self.grants = 0
@@ -176,7 +177,7 @@ class LockMaster:
                 return out
             rec = self._make(ino, now_ms)
             self._set_opens(rec, node, opens)
-            if self._home is not None:  # its implicit EX would let the home open the file without asking
+            if self._home in rec.held:  # its implicit EX would let the home open the file without asking
                 self.basts += 1
                 out.append(Bast(self._home, ino, rec.held[self._home].seq, _EX, FLAGS[0]))
             return out
@@ -188,8 +189,10 @@ class LockMaster:
         """In the grace period a node names a lock it held under the last home.
 
         Grant with RECLAIM and a new sequence, or Deny EBUSY where others reclaimed what conflicts (the node must
-        then drop what it cached). Mode NL registers open descriptors only.
+        then drop what it cached). Mode NL registers open descriptors only. From the first reclaim to grace_over()
+        nothing is given to the home implicitly; requests and operations have to wait outside meanwhile.
         """
+        self._grace = True
         out: list[Effect] = []
         rec = self._records.get(ino)
         if rec is None:
@@ -211,6 +214,7 @@ class LockMaster:
 
     def grace_over(self, now_ms: int) -> list[Effect]:
         """All reclaims are in: the home gets EX back wherever only it is left, and everything else implicitly."""
+        self._grace = False
         out: list[Effect] = []
         for rec in list(self._records.values()):
             self._maybe_drop(rec, now_ms, out)
@@ -384,7 +388,7 @@ class LockMaster:
 
     def _make(self, ino: int, now_ms: int) -> Record:
         rec = self._records[ino] = Record(ino)
-        if self._home is not None:
+        if self._home is not None and not self._grace:
             rec.held[self._home] = Hold(_EX, self._next(), now_ms)
         return rec
 
@@ -578,7 +582,7 @@ class LockMaster:
     def _maybe_drop(self, rec: Record, now_ms: int, out: list[Effect], linger: bool = True) -> None:
         """Drop a record of which only the home is left, and give the home its EX back."""
         home = self._home
-        if rec.queue or rec.ops:
+        if rec.queue or rec.ops or self._grace:
             return
         for node in rec.held:
             if node != home:

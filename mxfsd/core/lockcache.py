@@ -233,8 +233,7 @@ class LockCache:
         req_id = self._req_id
         self._wants[req_id] = _Want(ino, mode, flags, opens)
         self._wants_of.setdefault(ino, []).append(req_id)
-        revoke = self._revokes.get(ino)
-        if revoke is None or revoke.state is State.DEFERRED:
+        if not self._revoking(ino):
             self._send(now_ms, req_id, out)
         return req_id, out
 
@@ -260,7 +259,7 @@ class LockCache:
             others = int(flags) & _OTHERS
             if int(flags) & _RECLAIM and lock is not None:
                 others |= lock.flags  # the other nodes may not have said yet what they have open
-            self._hold(now_ms, ino, mode, seq, others)
+            self._hold(now_ms, ino, mode, seq, others, out)
             if asked:
                 self._fresh[ino] = now_ms
             elif self._implicit and mode is _EX and not others and ino not in self._revokes:
@@ -287,14 +286,15 @@ class LockCache:
 
         *flags* None: the reply does not say who else has the file open; what was known of it stays.
         """
+        out: list[CacheEffect] = []
         if mode is not _NL and seq > self._known(ino):
             if flags is None:
                 lock = self._locks.get(ino)
                 others = 0 if lock is None else lock.flags
             else:
                 others = int(flags) & _OTHERS
-            self._hold(now_ms, ino, mode, seq, others)
-        return []
+            self._hold(now_ms, ino, mode, seq, others, out)
+        return out
 
     # -- giving up -------------------------------------------------------------------------------------------------
 
@@ -372,7 +372,8 @@ class LockCache:
             if revoke.state is State.DEFERRED and ino not in self._fresh:
                 self._start(ino, revoke, out)
         for req_id, want in list(self._wants.items()):
-            if 0 <= want.sent_ms <= now_ms - self._lock_wait_ms:
+            overdue = want.sent_ms <= now_ms - self._lock_wait_ms
+            if overdue if want.sent_ms >= 0 else not self._revoking(want.ino):
                 self._send(now_ms, req_id, out)
         return out
 
@@ -380,7 +381,7 @@ class LockCache:
         """Ask again for everything without an answer: messages were lost, or another node is home now."""
         out: list[CacheEffect] = []
         for req_id, want in list(self._wants.items()):
-            if want.sent_ms >= 0:
+            if want.sent_ms >= 0 or not self._revoking(want.ino):
                 self._send(now_ms, req_id, out)
         return out
 
@@ -414,8 +415,8 @@ class LockCache:
         """Hold nothing any more (lease lost, evicted, home moved); return the inodes whose caches must be dropped.
 
         Implicit EX is not in the list: a home's executor knows itself what its kernel caches. Requests stay, for
-        resend(). Pins stay until they are unpinned, and passes under way until they end: data pins of upcalls that wait
-        for the home must be unpinned now, and what those upcalls bring must not be cached.
+        resend() or the next tick(). Pins stay until they are unpinned, and passes under way until they end: data pins
+        of upcalls that wait for the home must be unpinned now, and what those upcalls bring must not be cached.
         """
         dropped = [ino for ino, lock in self._locks.items() if lock.mode is not _NL]
         for ino in list(self._locks):
@@ -423,8 +424,6 @@ class LockCache:
         self._revokes = {ino: revoke for ino, revoke in self._revokes.items() if revoke.passing}
         for revoke in self._revokes.values():
             revoke.state = State.HELD
-        for want in self._wants.values():
-            want.sent_ms = max(want.sent_ms, 0)
         self._forgotten.clear()
         self._fresh.clear()
         return dropped
@@ -463,7 +462,7 @@ class LockCache:
             return max(lock.seq, self._first_seq)
         return self._first_seq if self._implicit else max(self._given_back.get(ino, self._floor), self._first_seq)
 
-    def _hold(self, now_ms: int, ino: int, mode: LockMode, seq: int, flags: int) -> None:
+    def _hold(self, now_ms: int, ino: int, mode: LockMode, seq: int, flags: int, out: list[CacheEffect]) -> None:
         lock = self._locks.get(ino)
         if lock is None:
             self._locks[ino] = _Lock(mode, seq, flags)
@@ -479,6 +478,16 @@ class LockCache:
                 self._move(ino, revoke, State.HELD)
             if not revoke.passing:
                 del self._revokes[ino]
+            self._send_held_back(now_ms, ino, out)
+
+    def _revoking(self, ino: int) -> bool:
+        revoke = self._revokes.get(ino)
+        return revoke is not None and revoke.state in (State.DRAINING, State.INVALIDATING)
+
+    def _send_held_back(self, now_ms: int, ino: int, out: list[CacheEffect]) -> None:
+        for req_id in self._wants_of.get(ino, ()):
+            if self._wants[req_id].sent_ms < 0:
+                self._send(now_ms, req_id, out)
 
     def _drop(self, ino: int) -> None:
         lock = self._locks.pop(ino)
@@ -565,9 +574,7 @@ class LockCache:
         out.append(SendRelease(ino, lock.seq, lock.mode, self._opens_of(ino)))
         if lock.mode is _NL and not self._implicit:
             self._drop(ino)
-        for req_id in self._wants_of.get(ino, ()):
-            if self._wants[req_id].sent_ms < 0:
-                self._send(now_ms, req_id, out)
+        self._send_held_back(now_ms, ino, out)
 
     def _flush_forgotten(self) -> list[CacheEffect]:
         out: list[CacheEffect] = [
