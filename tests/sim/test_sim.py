@@ -14,7 +14,7 @@ from mxfsd.core.lockcache import LockCache
 from mxfsd.core.lockeffects import CacheEffect, Grant, Invalidate, Opens, SendRelease
 from mxfsd.core.lockrecords import Record, Waiter
 from mxfsd.core.membership import LeaseEnded, Membership, MembershipEffect
-from mxfsd.core.sessions import SessionTable, Verdict
+from mxfsd.core.sessions import Replay, SessionTable, Verdict
 
 SHARDS = 24
 SEEDS_PER_SHARD = 100
@@ -140,17 +140,22 @@ class ForgetsToWake(LockMaster):
 
 
 class ExecutesTwice(SessionTable):
+    """Does not answer a repeated operation from its replies."""
+
     def begin(self, session: int, seq: int, ack: int) -> Any:
         verdict = super().begin(session, seq, ack)
-        if verdict not in (Verdict.NEW, Verdict.STALE):
-            self._sessions[session].replies[seq] = None
-            return Verdict.NEW
-        return verdict
+        return Verdict.NEW if isinstance(verdict, Replay) else verdict
+
+    def _again(self, session: int, seq: int) -> bool:
+        return session in self._sessions and self._sessions[session].replies.get(seq) is not None
 
     def done(self, session: int, seq: int, reply: bytes, *, repeatable: bool = False) -> None:
-        table = self._sessions.get(session)
-        if table is not None and table.replies.get(seq, b"") is None:
+        if not self._again(session, seq):
             super().done(session, seq, reply, repeatable=repeatable)
+
+    def abandon(self, session: int, seq: int) -> None:
+        if not self._again(session, seq):
+            super().abandon(session, seq)
 
 
 class EvictsUnderLease(Membership):
