@@ -77,6 +77,7 @@ class LockMaster:
         self._lingering: dict[int, int] = {}
         self._seq = first_seq - 1
         self._grace = False
+        self._served = False
         self.basts = 0
         """BASTs sent, the repeated ones not counted."""
         self.grants = 0
@@ -98,9 +99,9 @@ class LockMaster:
     ) -> list[Effect]:
         """A node asks for a cached lock: Grant or Deny now or later, BASTs to those in the way.
 
-        *opens* are the node's absolute (readers, writers) counts, descriptors whose request is pending included.
-        With OPEN they count from the grant on; EX means a writable, PR a read-only descriptor. The same *req_id*
-        again while it is queued changes nothing but the counts.
+        *opens* matter with OPEN only: the node's absolute (readers, writers) counts, descriptors whose request is
+        pending included. They count from the grant on; EX means a writable, PR a read-only descriptor. The same
+        *req_id* again while it is queued changes nothing but the counts.
         """
         if mode is _NL or req_id <= 0:
             raise MisuseError(f"lock request {req_id} of node {node} for mode {mode.name}")
@@ -118,11 +119,11 @@ class LockMaster:
                 return out
             rec = self._make(ino, now_ms)
         elif self._queued.get((node, req_id)) is rec:
-            if opens is not None:
-                self._set_opens(rec, node, opens, register=not bits & _OPEN)
+            if waiter.opens is not None:
+                self._set_opens(rec, node, waiter.opens, register=False)
             return out
-        if opens is not None:
-            self._set_opens(rec, node, opens, register=not bits & _OPEN)
+        if waiter.opens is not None:
+            self._set_opens(rec, node, waiter.opens, register=False)
         if bits & _NOQUEUE and (rec.queue or self._blocked(rec, waiter)):
             out.append(Deny(node, req_id, ino, EAGAIN))
             self._maybe_drop(rec, now_ms, out)
@@ -186,35 +187,41 @@ class LockMaster:
         return out
 
     def reclaim(self, now_ms: int, node: int, ino: int, mode: LockMode, opens: Opens) -> list[Effect]:
-        """In the grace period a node names a lock it held under the last home.
+        """A node names a lock it holds: after a change of home, or because its connection was lost.
 
-        Grant with RECLAIM and a new sequence, or Deny EBUSY where others reclaimed what conflicts (the node must
-        then drop what it cached). Mode NL registers open descriptors only. From the first reclaim to grace_over()
-        nothing is given to the home implicitly; requests and operations have to wait outside meanwhile.
+        Grant with RECLAIM and a new sequence, or Deny EBUSY where others hold what conflicts (the node must then drop
+        what it cached). Mode NL registers open descriptors only. Up to the first grace_over() nothing is given to the
+        home implicitly from the first reclaim on; requests and operations have to wait outside meanwhile.
         """
-        self._grace = True
         out: list[Effect] = []
+        self._grace = not self._served
         rec = self._records.get(ino)
         if rec is None:
-            # No implicit EX here: in the grace period the home holds what it reclaims and nothing else.
-            rec = self._records[ino] = Record(ino)
-        self._set_opens(rec, node, opens)
-        if mode is not _NL:
-            for other, hold in rec.held.items():
-                if other != node and not COMPATIBLE[hold.mode][mode]:
+            if self._served and (mode is _NL or self._home not in (None, node)):
+                if mode is not _NL:  # the home holds it
                     out.append(Deny(node, 0, ino, EBUSY))
-                    return out
+                return out + self.opens_update(now_ms, node, ino, opens)
+            rec = self._make(ino, now_ms)
+        self._set_opens(rec, node, opens)
+        if mode is _NL:
+            self._pump(rec, now_ms, out)
+            return out
+        waiter = Waiter(node, 0, 0, mode, 0, None, now_ms)
+        if self._blocked(rec, waiter):
+            out.append(Deny(node, 0, ino, EBUSY))
+        else:
             old = rec.held.get(node)
-            if old is not None:
-                mode = JOIN[old.mode][mode]
-            rec.held[node] = hold = Hold(mode, self._next(), now_ms)
+            hold = self._hold(rec, node, mode if old is None else JOIN[old.mode][mode], now_ms)
             self.grants += 1
-            out.append(Grant(node, 0, ino, mode, hold.seq, FLAGS[self._others(rec, node) | _RECLAIM]))
+            flags = FLAGS[self._others(rec, node) | _RECLAIM]
+            out.append(Grant(node, 0, ino, hold.mode, hold.seq, flags))
+        self._pump(rec, now_ms, out)
         return out
 
     def grace_over(self, now_ms: int) -> list[Effect]:
         """All reclaims are in: the home gets EX back wherever only it is left, and everything else implicitly."""
         self._grace = False
+        self._served = True
         out: list[Effect] = []
         for rec in list(self._records.values()):
             self._maybe_drop(rec, now_ms, out)

@@ -386,6 +386,40 @@ def test_reclaim() -> None:
     assert dlm.mode_of(1, 10) is EX
 
 
+def test_reclaim_after_a_lost_connection_meets_what_is_served() -> None:
+    dlm = master(home=1)
+    dlm.grace_over(0)
+    assert dlm.reclaim(1, 2, 7, PR, NONE) == [Deny(2, 0, 7, EBUSY)]
+    called = bast(dlm.request(2, 2, 1, 7, PR))
+    got = grant(dlm.release(3, 1, 7, called.seq, PR, NONE))
+    assert bast(dlm.op_request(4, 1, 5, 7, EX)) == Bast(2, 7, got.seq, EX, LockFlag.NONE)
+    again = dlm.reclaim(5, 2, 7, PR, (1, 0))  # the BAST was lost with the connection: it is sent for the new lock
+    assert isinstance(again[0], Grant)
+    assert again[0].flags == LockFlag.RECLAIM
+    assert bast(again[1:]).seq == again[0].seq
+    assert dlm.release(6, 2, 7, again[0].seq, NL, NONE) == [OpGranted(5, 1, 7)]
+    assert dlm.reclaim(7, 2, 7, PR, NONE) == [Deny(2, 0, 7, EBUSY)]
+    assert bast(dlm.reclaim(8, 3, 8, NL, (0, 1))).node == 1
+    assert dlm.reclaim(9, 3, 8, NL, NONE) == []
+    assert dlm.mode_of(1, 9) is EX
+
+
+def test_the_homes_own_opens_are_reclaimed_too() -> None:
+    dlm = master(home=1)
+    assert dlm.reclaim(0, 1, 7, NL, (0, 1)) == []
+    dlm.reclaim(0, 2, 7, NL, (1, 0))
+    dlm.grace_over(1)
+    assert dlm.opens_of(7) == {1: (0, 1), 2: (1, 0)}
+    assert grant(dlm.request(2, 2, 1, 7, PR, OPEN, (2, 0))).mode is NL
+
+
+def test_counts_without_open_mean_nothing() -> None:
+    dlm = master()
+    dlm.request(0, 1, 1, 7, PR, OPEN, (1, 0))
+    dlm.request(0, 1, 2, 7, PR, LockFlag.NONE, (0, 0))
+    assert dlm.opens_of(7) == {1: (1, 0)}
+
+
 def test_in_grace_the_home_gets_nothing_implicitly() -> None:
     dlm = master(home=1)
     dlm.reclaim(0, 2, 7, EX, NONE)
