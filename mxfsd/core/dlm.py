@@ -111,6 +111,7 @@ class LockMaster:
         waiter = Waiter(node, req_id, 0, mode, bits, opens if bits & _OPEN else None, now_ms)
         if rec is None:
             if node == self._home:
+                self._served = True
                 self.grants += 1
                 out.append(Grant(node, req_id, ino, _EX, self._next(), FLAGS[0]))
                 return out
@@ -191,7 +192,8 @@ class LockMaster:
 
         Grant with RECLAIM and a new sequence, or Deny EBUSY where others hold what conflicts (the node must then drop
         what it cached). Mode NL registers open descriptors only. Up to the first grace_over() nothing is given to the
-        home implicitly from the first reclaim on; requests and operations have to wait outside meanwhile.
+        home implicitly from the first reclaim on; requests and operations have to wait outside meanwhile. (A master
+        that served anything before its first reclaim has no grace period.)
         """
         out: list[Effect] = []
         self._grace = not self._served
@@ -395,6 +397,7 @@ class LockMaster:
 
     def _make(self, ino: int, now_ms: int) -> Record:
         rec = self._records[ino] = Record(ino)
+        self._served = not self._grace
         if self._home is not None and not self._grace:
             rec.held[self._home] = Hold(_EX, self._next(), now_ms)
         return rec
