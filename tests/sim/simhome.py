@@ -45,6 +45,7 @@ class Home:
         self.membership = world.mutants.membership(number, world.timeouts)
         self.frozen = False
         self.grace: set[int] = set()
+        self.named: dict[int, set[int]] = {}
         self.held_back: list[tuple[Any, ...]] = []
         self.ops: dict[int, Future] = {}
         self.modes: dict[int, LockMode] = {}
@@ -137,8 +138,12 @@ class Home:
             case ("opens", ino, opens):
                 self.run(master.opens_update(now, node, ino, opens))
             case ("reclaim", ino, mode, opens):
+                self.named.setdefault(node, set()).add(ino)
                 self.run(master.reclaim(now, node, ino, mode, opens))
             case ("reclaimed",):
+                named = self.named.pop(node, set())
+                for ino in set(master.recorded()) - named:
+                    self.run(master.release(now, node, ino, master.seq_of(node, ino), NL, (0, 0)))
                 self.reclaimed(node)
 
     def reclaimed(self, node: int) -> None:

@@ -59,6 +59,7 @@ class Node:
         self.world = world
         self.number = number
         self.incarnation = 0
+        self.link = 0
         self.alive = False
         self.paused_until = 0
         self.busy: dict[int, str] = {}
@@ -69,11 +70,13 @@ class Node:
         world = self.world
         self.alive = True
         self.incarnation += 1
+        self.link += 1
         self.session = self.number << 32 | self.incarnation
         self.epoch = world.home.epoch if world.home else 1
         self.is_home = False
         self.gate = False
         self.joined = False
+        self.linked = True
         self.cache = world.mutants.cache(
             False,
             opens_of=self.opens_of,
@@ -129,9 +132,9 @@ class Node:
         if self.joined or self.is_home:
             self.world.to_home(self, self.incarnation, self.epoch, message)
 
-    def on_message(self, epoch: int, message: tuple[Any, ...]) -> None:
+    def on_message(self, epoch: int, link: int, message: tuple[Any, ...]) -> None:
         """A message of the home came over the lock channel."""
-        if epoch != self.epoch:
+        if epoch != self.epoch or link != self.link:
             return
         now = self.world.now
         self.world.note(self.number, message)
@@ -185,6 +188,10 @@ class Node:
         """Another home serves: tell it what is held and what is open, then ask again."""
         self.epoch = epoch
         self.cache.new_epoch(first_seq)
+        self.reclaim()
+
+    def reclaim(self) -> None:
+        """Name all that is held and open, then ask again."""
         if not self.trusts():
             self.drop_all()
         for ino, mode, _, opens in list(self.cache.held()):

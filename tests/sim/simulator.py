@@ -4,8 +4,9 @@ One number decides everything: the delays, the losses, who is paused, cut off or
 the applications do. Replay a seed with ``.venv/bin/python tests/sim/simulator.py --seed N -v``.
 
 Faults that the code must bear: messages of the two channels overtake each other; operations and replies are lost and
-sent again; lock messages between daemon and FUSE layer are lost (a full netlink buffer), which is noticed; nodes pause,
-crash, come back, are cut off for longer than their lease. Not simulated here: the death of the home, the disk.
+sent again; connections break; lock messages between daemon and FUSE layer are lost (a full netlink buffer), which is
+noticed; nodes pause, crash, come back, are cut off for longer than their lease. Not simulated here: the death of the
+home, the disk.
 """
 
 import argparse
@@ -67,7 +68,7 @@ class World:
         self.inos = list(range(1, rng.choice((1, 2, 3)) + 1))
         self.store = dict.fromkeys(self.inos, 0)
         self.running: dict[int, dict[int, tuple[int, Any]]] = {}
-        self.silences = self.long_waits = self.deaths = self.moves = self.losses = self.steps = 0
+        self.silences = self.long_waits = self.deaths = self.moves = self.losses = self.unlinks = self.steps = 0
         self.fifo: dict[tuple[int, str], int] = {}
         self.cut_until: dict[int, int] = {}
         self.slot_moved: dict[int, int] = {}
@@ -81,6 +82,7 @@ class World:
         for number in range(1, rng.choice((2, 3, 3)) + 1):
             self.nodes[number] = Node(self, number)
         self.home = Home(self, 1, 1)
+        self.home.run(self.home.master.grace_over(0))
         self.check.serves(1, 1)
         self.nodes[1].is_home = True
         self.nodes[1].cache.set_implicit(True)
@@ -174,28 +176,28 @@ class World:
         return False
 
     def to_home(self, node: Node, incarnation: int, epoch: int, message: tuple[Any, ...]) -> None:
-        if not self.lost(node, message):
+        if node.linked and not self.lost(node, message):
             when = self.in_order(node.number, "up")
-            self.at(when, self.arrive, node.number, incarnation, epoch, message)
+            self.at(when, self.arrive, node.number, incarnation, node.link, epoch, message)
 
-    def arrive(self, number: int, incarnation: int, epoch: int, message: tuple[Any, ...]) -> None:
+    def arrive(self, number: int, incarnation: int, link: int, epoch: int, message: tuple[Any, ...]) -> None:
         host = self.nodes[self.home.number]
         if host.paused_until > self.now:
-            self.at(host.paused_until, self.arrive, number, incarnation, epoch, message)
-        else:
+            self.at(host.paused_until, self.arrive, number, incarnation, link, epoch, message)
+        elif self.nodes[number].link == link:
             self.home.on_lock(number, incarnation, epoch, message)
 
     def to_node(self, number: int, epoch: int, message: tuple[Any, ...]) -> None:
         node = self.nodes[number]
-        if node.alive and not self.lost(node, message):
-            self.at(self.in_order(number, "down"), node.on_message, epoch, message, node=node)
+        if node.alive and node.linked and not self.lost(node, message):
+            self.at(self.in_order(number, "down"), node.on_message, epoch, node.link, message, node=node)
 
     def drops(self, number: int) -> bool:
         """Whether the operation channel loses a message of this node."""
         if number == self.home.number:
             return False
         faulty = self.now < self.busy_ms and self.rng.random() < self.loss
-        return faulty or self.cut_until.get(number, 0) > self.now
+        return faulty or self.cut_until.get(number, 0) > self.now or not self.nodes[number].linked
 
     def op_to_home(self, node: Node, epoch: int, request: tuple[Any, ...]) -> None:
         if not self.drops(node.number):
@@ -256,7 +258,7 @@ class World:
         node, epoch = self.nodes[number], self.home.epoch
 
         def joined() -> None:
-            if node.incarnation == incarnation and not node.joined:
+            if node.incarnation == incarnation and node.linked and not node.joined:
                 node.joined = True
                 node.epoch = max(node.epoch, epoch)
                 node.resync()
@@ -300,6 +302,8 @@ class World:
         for _ in range(rng.choice((0, 0, 1, 1))):
             self.at(rng.randrange(20, self.busy_ms), rng.choice((self.crash, self.cut)))
         for _ in range(rng.choice((0, 0, 1, 2))):
+            self.at(rng.randrange(20, self.busy_ms), self.unlink)
+        for _ in range(rng.choice((0, 0, 1, 2))):
             self.at(rng.randrange(20, self.busy_ms), self.move)
 
     def victim(self) -> Node | None:
@@ -316,6 +320,22 @@ class World:
         if node is not None:
             self.cut_until[node.number] = self.now + self.rng.choice((50, 150, 400))
             self.note(node.number, f"cut off until {self.cut_until[node.number]}")
+
+    def unlink(self) -> None:
+        """The connection between a node and the home breaks, with everything in it, and is made again."""
+        node = self.victim()
+        if node is None or not node.joined or self.home.grace:
+            return
+        self.unlinks += 1
+        node.linked = False
+        node.link += 1
+        self.note(node.number, "loses its connection")
+        self.later(self.rng.choice((1, 10, 50)), self.relink, node, node.incarnation)
+
+    def relink(self, node: Node, incarnation: int) -> None:
+        if node.alive and node.incarnation == incarnation and not node.linked:
+            node.linked = True
+            node.reclaim()
 
     def crash(self) -> None:
         node = self.victim()
@@ -374,6 +394,7 @@ class World:
         for node in self.nodes.values():
             if node.alive:
                 when = self.in_order(node.number, "down")
+                node.linked = True
                 self.at(when, node.new_home, epoch, self.first_seq(epoch), node=node)
         self.moving = False
 

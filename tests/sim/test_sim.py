@@ -29,6 +29,7 @@ def test_invariants_hold(shard: int) -> None:
     assert sum(world.moves for world in seen) > 5
     assert sum(world.deaths for world in seen) > 1
     assert sum(world.losses for world in seen) > 5
+    assert sum(world.unlinks for world in seen) > 5
     assert len({world.linger_ms for world in seen}) == 2
 
 
