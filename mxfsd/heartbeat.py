@@ -87,7 +87,7 @@ class Beater:
                 self.io_since_ms = now_ms()
                 if command is not None:
                     self.obey(command)
-                if command is None or command.get("beat"):
+                else:
                     self.beat()
             except IoFailure as error:
                 self.post.event("io_error", age_ms=now_ms() - self.ok_ms, reason=str(error))
@@ -164,7 +164,9 @@ class Beater:
             elif name in ("leave", "gasp"):
                 self.end(SlotState.LEFT if name == "leave" else SlotState.FAILED)
                 self.exit_code = 0 if name == "leave" else EXIT_PARENT_DIED
-            elif name != "beat":
+            elif name == "beat":
+                self.beat()
+            else:
                 answer["error"] = f"unknown command {name!r}"
         except (KeyError, TypeError, ValueError, MxfsError) as error:
             answer["error"] = f"{type(error).__name__}: {error}"

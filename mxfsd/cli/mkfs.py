@@ -1,7 +1,9 @@
 """``mkfs.mxfs``: XFS on all but the tail of a device, the lockspace in the tail."""
 
 import argparse
+import ctypes
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -29,8 +31,11 @@ from mxfsd.io.lockspace import Lockspace, format_lockspace, read_header
 XFS_MIN_BYTES = 300 << 20
 """mkfs.xfs(8) refuses smaller file systems."""
 _MIB = 1 << 20
-_UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 _BLKID_NOTHING = 2
+_CLONE_NEWNS = 0x20000
+_MS_REC, _MS_PRIVATE = 0x4000, 0x40000
+_MNT_DETACH, _UMOUNT_NOFOLLOW = 2, 8
 
 
 class Refusal(MxfsError):
@@ -39,11 +44,10 @@ class Refusal(MxfsError):
 
 def parse_size(text: str) -> int:
     """Return the bytes of ``16M``, ``1g``, ``16777216``. Raises MisuseError."""
-    digits = text.rstrip("bBkKmMgGiI")
-    unit = text[len(digits) :].lower().removesuffix("ib").removesuffix("i")
-    if not digits.isdecimal() or unit not in _UNITS:
+    match = re.fullmatch(r"([0-9]{1,18})([kmg]?)(?:i?b)?", text.lower())
+    if match is None:
         raise MisuseError(f"not a size: {text!r} (use bytes or a suffix K, M, G)")
-    return int(digits) * _UNITS[unit]
+    return int(match[1]) * _UNITS[match[2]]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -160,13 +164,33 @@ def open_device(device: str) -> Disk:
         raise Refusal(f"{error}: something on this host uses it, stop that first") from error
 
 
+def hide_fuse_mounts() -> None:
+    """Leave the mount namespace and detach all FUSE mounts in the new one; runs in the child before mkfs.xfs.
+
+    mkfs.xfs stats every mount of the host, and a volume that is frozen (its home is being recovered, say) answers no
+    stat: formatting one disk must not wait for another one. What it would find out has been checked by then. A failure
+    is no reason to stop: the worst that happens is such a wait.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(_CLONE_NEWNS) != 0 or libc.mount(None, b"/", None, _MS_REC | _MS_PRIVATE, None) != 0:
+        return
+    with open("/proc/self/mountinfo", "rb") as mounts:
+        lines = [line.split() for line in mounts]
+    for fields in reversed(lines):
+        if fields[fields.index(b"-") + 1].startswith(b"fuse"):
+            target = fields[4].decode("unicode_escape").encode("latin-1")
+            libc.umount2(target, _MNT_DETACH | _UMOUNT_NOFOLLOW)
+
+
 def mkfs_xfs(device: str, size: int, label: str, extra: list[str], *, dry_run: bool) -> None:
     """Run mkfs.xfs(8) on the first *size* bytes. Raises Refusal (dry run) or IoFailure with its first line."""
     tool = shutil.which("mkfs.xfs") or "/usr/sbin/mkfs.xfs"
     command = [tool, "-f", "-q", *(["-N"] if dry_run else []), *(["-L", label] if label else [])]
     command += ["-d", f"size={size}", *extra, device]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, preexec_fn=hide_fuse_mounts
+        )
     except OSError as error:
         raise Refusal(f"cannot run {tool}: {error.strerror}: install xfsprogs") from error
     if done.returncode != 0:

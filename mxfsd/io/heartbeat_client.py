@@ -181,7 +181,7 @@ class HeartbeatClient:
 
     async def beat(self) -> None:
         """Beat now, out of turn; afterwards ``report`` is fresh. Raises IoFailure."""
-        await self._command("beat", beat=True)
+        await self._command("beat")
 
     async def set_state(self, state: SlotState) -> None:
         """Show *state* in the slot; it is on the disk when this returns. Raises IoFailure."""

@@ -1,13 +1,14 @@
 """Seeded simulation of slot and lease claims: real core, fake disk with delays, pauses, crashes and torn writes.
 
 The checker knows nothing of the claims' reasoning: it only compares what the nodes believe at each moment.
-A failing seed is printed; run it alone with ``pytest -k 'seed[N]'``.
+A failing seed is printed; run it alone with ``run_seed(N)``.
 """
 
 import heapq
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import pytest
 
@@ -118,7 +119,7 @@ class World:
 
     def run(self) -> None:
         for node in self.nodes:
-            self.for_node(node, self.rng.randint(0, 400), lambda node=node: self.join(node))
+            self.for_node(node, self.rng.randint(0, 400), partial(self.join, node))
         self.at(self.rng.randint(500, 1500), self.chaos)
         while self.queue and self.now < RUN_MS:
             self.now, _, call = heapq.heappop(self.queue)
@@ -365,3 +366,12 @@ def test_never_two_owners(shard: int) -> None:
     # A simulation in which nothing happens proves nothing.
     assert slots > 5 * SEEDS_PER_SHARD
     assert leases > 2 * SEEDS_PER_SHARD
+
+
+@pytest.mark.parametrize(("cls", "name"), [(SlotClaim, "holds"), (LeaseClaim, "holds")], ids=["slot", "lease"])
+def test_a_broken_rule_is_noticed(monkeypatch: pytest.MonkeyPatch, cls: type[Claim], name: str) -> None:
+    """Claims that skip the read after the wait must make the checker complain."""
+    monkeypatch.setattr(cls, name, lambda claim, snap, intent: True)
+    with pytest.raises(AssertionError, match="given twice|belongs to nodes|two homes"):
+        for seed in range(300):
+            run_seed(seed)
