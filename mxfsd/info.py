@@ -9,7 +9,6 @@ from typing import Any
 from mxfs_proto.errors import MxfsError
 from mxfs_proto.ondisk import LeaseState, SlotRecord, SlotState, format_uuid
 from mxfsd.core.watch import Watch
-from mxfsd.io.clock import now_ms
 from mxfsd.io.lockspace import Lockspace
 
 LIVE = frozenset({SlotState.CLAIMING, SlotState.JOINING, SlotState.ACTIVE})
@@ -31,9 +30,9 @@ def watch_slots(lockspace: Lockspace, watch: Watch, *, all_live: bool = False) -
         moving = any(watch.beats(s.slot) for s in snap.slots if s is not None)
         if not still or (moving and not all_live):
             return
-        if now_ms() - began > max(min(_patience_ms(slot), MAX_WATCH_MS) for slot in still):
+        if snap.ended_ms - began > max(min(_patience_ms(slot), MAX_WATCH_MS) for slot in still):
             return
-        time.sleep(_POLL_MS / 1000)
+        lockspace.sleep(_POLL_MS / 1000)
         snap = lockspace.snapshot()
         watch.observe(snap)
 

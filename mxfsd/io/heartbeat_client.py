@@ -177,7 +177,8 @@ class HeartbeatClient:
         loop.add_reader(ours, self._readable)
         loop.add_reader(self._pidfd, self._exited)
         self.last_report_ms = now_ms()
-        await self.beat()
+        # Importing Python modules takes seconds on a machine with a slow root file system.
+        await self._command("beat", limit_ms=self.timeouts.ready_ms)
 
     async def beat(self) -> None:
         """Beat now, out of turn; afterwards ``report`` is fresh. Raises IoFailure."""
@@ -225,7 +226,8 @@ class HeartbeatClient:
                 pass
         self._close("was ended")
 
-    async def _command(self, name: str, **arguments: object) -> dict[str, Any]:
+    async def _command(self, name: str, *, limit_ms: int = 0, **arguments: object) -> dict[str, Any]:
+        """Send a command and return the answer; one beat may be in the way, so node_dead_ms is the limit."""
         if self._sock is None:
             raise IoFailure("the heartbeat process is not running")
         self._next_id += 1
@@ -234,7 +236,7 @@ class HeartbeatClient:
         self._acks[number] = future
         try:
             self._sock.send(json.dumps({"cmd": name, "id": number, **arguments}).encode())
-            answer = await asyncio.wait_for(future, self.timeouts.io_timeout_ms / 1000)
+            answer = await asyncio.wait_for(future, (limit_ms or self.timeouts.node_dead_ms) / 1000)
         except TimeoutError as error:
             raise IoFailure(f"the heartbeat process did not answer {name!r}: does the disk hang?") from error
         except OSError as error:

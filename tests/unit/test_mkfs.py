@@ -48,6 +48,15 @@ def refusal(capsys: pytest.CaptureFixture[str], *args: str) -> str:
     return err
 
 
+def on_clock(monkeypatch: pytest.MonkeyPatch, clock: FakeClock) -> None:
+    """Let the commands watch slots on a clock of the test's."""
+
+    def opened(path: str, *, readonly: bool = False, check_xfs: bool = True) -> Lockspace:
+        return Lockspace(Disk(path, readonly=readonly), check_xfs=check_xfs, clock=clock, sleep=clock.sleep)
+
+    monkeypatch.setattr(Lockspace, "open", opened)
+
+
 def beginning(device: str) -> tuple[bytes, bytes]:
     """Return what a refused mkfs must not touch: XFS's first sector and the end of the device."""
     with Disk(device, readonly=True) as disk:
@@ -123,12 +132,13 @@ def test_refuses_a_device_that_a_node_uses(
     space = open_lockspace(device, clock)
     record = space.claim_slot(Joiner(b"m" * 16, "n7"), T).record
 
-    def beat(_: float) -> None:
+    def beat() -> None:
         found = space.read_slots()[0]
         assert found is not None
         space.write_slot(replace(found, counter=found.counter + 1))
 
-    monkeypatch.setattr("mxfsd.info.time.sleep", beat)
+    clock.on_sleep = beat
+    on_clock(monkeypatch, clock)
     before = space.header
     assert "in use by node 'n7' (slot 1): unmount it there first" in refusal(capsys, device, "-f")
     assert space.release_slot(record, SlotState.LEFT)
@@ -206,10 +216,11 @@ def test_info_text_and_json(device: str, capsys: pytest.CaptureFixture[str], mon
     record = space.claim_slot(Joiner(b"m" * 16, "n7"), T).record
     space.claim_lease(record, T)
     space.close()
-    # The node does not beat: info looks for two periods, on a clock that runs by itself here.
-    monkeypatch.setattr("mxfsd.info.time.sleep", clock.sleep)
-    monkeypatch.setattr("mxfsd.info.now_ms", clock)
+    # The node does not beat: info looks for two periods.
+    on_clock(monkeypatch, clock)
+    began = clock.ms
     assert info_module.main_info([device, "--json"]) == 0
+    assert 2 * T.heartbeat_ms < clock.ms - began < 8 * T.heartbeat_ms
     data = json.loads(capsys.readouterr().out)
     assert (data["home"], data["epoch"], data["lease"]) == ({"slot": 1, "node": "n7"}, 1, "HELD")
     (slot,) = data["slots"]
