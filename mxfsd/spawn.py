@@ -1,9 +1,9 @@
 """Starting a volume's daemon and waiting for its one-line answer, without leaving a child behind.
 
 The daemon writes one line into a pipe, ``ready`` or ``error: REASON``, and closes it. It runs in a session of its own
-(so one signal to its process group ends it with its helpers), is a child of init from the start, and has its standard
-error in the log file. With *netns* it runs in that network namespace and in the caller's mount namespace, so that its
-mounts are seen outside.
+and is a child of init from the start, with its standard error in the log file; a mark in the environment tells it and
+its helpers from other processes. With *netns* it runs in that network namespace and in the caller's mount namespace,
+so that its mounts are seen outside.
 """
 
 import errno
@@ -16,7 +16,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from mxfs_proto.errors import IoFailure
+from mxfsd import procs
 
+TOKEN_ENV = "MXFS_DAEMON"
 READY_LINE_MAX = 4096
 TERM_S = 5.0
 KILL_S = 5.0
@@ -30,35 +32,31 @@ class DaemonFailed(IoFailure):
 
 @dataclass(frozen=True, slots=True)
 class Daemon:
-    """A started daemon: its pid and the process group that it and its helpers form."""
+    """A started daemon: its pid, and the mark that it and its helpers carry in their environment."""
 
     pid: int
-    group: int
+    token: str
 
-    def alive(self) -> bool:
-        """Whether any process of the group is left."""
-        try:
-            os.killpg(self.group, 0)
-        except ProcessLookupError:
-            return False
-        return True
+    def processes(self) -> list[int]:
+        """Return those of its processes that live; helpers have sessions of their own, so a group would not do."""
+        return procs.marked(f"{TOKEN_ENV}={self.token}")
 
     def wait_gone(self, timeout_s: float) -> bool:
-        """Wait until no process of the group is left; return whether that came true in time."""
-        deadline = time.monotonic() + timeout_s
-        while self.alive():
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.01)
-        return True
+        """Wait until none of its processes is left; return whether that came true in time."""
+        return procs.wait_until(lambda: not self.processes(), timeout_s)
+
+    def signal(self, signum: int) -> None:
+        """Send a signal to each of its processes."""
+        mark = f"{TOKEN_ENV}={self.token}"
+        for pid in self.processes():
+            procs.send(pid, signum, lambda number: procs.has_mark(number, mark))
 
     def end(self) -> None:
-        """End every process of the group: SIGTERM first, SIGKILL for what is left after TERM_S."""
-        with suppress(ProcessLookupError):
-            os.killpg(self.group, signal.SIGTERM)
+        """End every process: SIGTERM to the daemon first, SIGKILL for all that is left after TERM_S."""
+        mark = f"{TOKEN_ENV}={self.token}"
+        procs.send(self.pid, signal.SIGTERM, lambda number: procs.has_mark(number, mark))
         if not self.wait_gone(TERM_S):
-            with suppress(ProcessLookupError):
-                os.killpg(self.group, signal.SIGKILL)
+            self.signal(signal.SIGKILL)
             self.wait_gone(KILL_S)
 
 
@@ -96,6 +94,8 @@ def launch(
     import ctypes  # noqa: F401 - loaded before the fork when a namespace is to be entered
 
     env = dict(os.environ if environment is None else environment)
+    token = os.urandom(8).hex()
+    env[TOKEN_ENV] = token
     log_fd = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     netns_fd = -1
     pid_read, pid_write = os.pipe()
@@ -113,7 +113,7 @@ def launch(
         if not text:
             raise DaemonFailed("the daemon's process could not be made", errno.EAGAIN)
         kept, ready_read = ready_read, -1
-        return Daemon(int(text), first), kept
+        return Daemon(int(text), token), kept
     finally:
         for fd in (log_fd, netns_fd, pid_read, pid_write, ready_read, ready_write):
             if fd >= 0:
@@ -155,7 +155,7 @@ def wait_ready(ready_fd: int, timeout_s: float, log_path: str) -> None:
     while b"\n" not in data and len(data) < READY_LINE_MAX:
         left_s = deadline - time.monotonic()
         if left_s <= 0 or not select.select([ready_fd], [], [], left_s)[0]:
-            raise DaemonFailed(f"the daemon was not ready within {timeout_s:g} s", errno.ETIMEDOUT)
+            raise DaemonFailed(f"the daemon was not ready within {timeout_s:g} s{_said(log_path)}", errno.ETIMEDOUT)
         part = os.read(ready_fd, READY_LINE_MAX)
         if not part:
             break
@@ -165,8 +165,12 @@ def wait_ready(ready_fd: int, timeout_s: float, log_path: str) -> None:
         return
     if line.startswith("error:"):
         raise DaemonFailed(line.removeprefix("error:").strip() or "the daemon failed")
-    said = f" (its last words: {last_line(log_path)})" if last_line(log_path) else ""
-    raise DaemonFailed(f"the daemon ended before it was ready{said}")
+    raise DaemonFailed(f"the daemon ended before it was ready{_said(log_path)}")
+
+
+def _said(log_path: str) -> str:
+    line = last_line(log_path)
+    return f" (its last words: {line})" if line else ""
 
 
 def last_line(path: str, most: int = 400) -> str:

@@ -282,7 +282,7 @@ def mount_volume(
         check_unused(device)
         if fake:
             return Mounted(device, mountpoint, uuid, run_dir, None)
-        _prepare_run_dir(run_dir)
+        kept = _prepare_run_dir(run_dir)
         unit = None if direct or netns is not None else _systemd_unit(uuid, options)
         started: spawn.Daemon | None = None
         try:
@@ -295,16 +295,17 @@ def mount_volume(
             mounted = Mounted(device, mountpoint, uuid, run_dir, started)
             _record(mounted)
         except BaseException:
-            _clear(mountpoint, run_dir)
+            _clear(mountpoint, run_dir, kept)
             raise
         return mounted
 
 
-def _prepare_run_dir(run_dir: str) -> None:
-    root = os.path.dirname(run_dir)
+def _prepare_run_dir(run_dir: str) -> frozenset[str]:
+    """Make the run directory; return the names of what earlier mounts left that must survive a failure."""
     try:
-        os.makedirs(root, mode=0o755, exist_ok=True)
+        os.makedirs(os.path.dirname(run_dir), mode=0o755, exist_ok=True)
         os.makedirs(run_dir, mode=0o700, exist_ok=True)
+        return frozenset(name for name in os.listdir(run_dir) if name.startswith("node-"))
     except OSError as error:
         raise MountError(f"run directory {run_dir}: {error.strerror}", EXIT_SYSTEM) from None
 
@@ -368,8 +369,8 @@ def _record(mounted: Mounted) -> None:
         json.dump(fields, file)
 
 
-def _clear(mountpoint: str, run_dir: str) -> None:
-    """Remove what a failed mount may have left: a dead mount of ours and the run directory."""
+def _clear(mountpoint: str, run_dir: str, kept: frozenset[str]) -> None:
+    """Remove what a failed mount left: a dead mount of ours, and the run directory but for *kept*."""
     import shutil
     import subprocess
 
@@ -382,7 +383,12 @@ def _clear(mountpoint: str, run_dir: str) -> None:
             check=False,
             timeout=UMOUNT_S,
         )
-    shutil.rmtree(run_dir, ignore_errors=True)
+    if not kept:
+        shutil.rmtree(run_dir, ignore_errors=True)
+        return
+    for entry in os.scandir(run_dir):
+        if entry.name not in kept:
+            os.unlink(entry.path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
