@@ -59,7 +59,8 @@ class World:
         self.mutants = mutants or Mutants()
         self.verbose = verbose
         self.now = 0
-        self.events: list[tuple[int, int, Callable[..., None], tuple[Any, ...], Node | None, int]] = []
+        self.events: list[Any] = []
+        self.event: Any = None
         self.serial = 0
         self.timeouts = SimTimeouts(min_hold_ms=rng.choice((1, 1, 5)))
         self.linger_ms = rng.choice((0, 0, 20))
@@ -103,6 +104,11 @@ class World:
         life = node.incarnation if node is not None else 0
         heapq.heappush(self.events, (max(when, self.now), self.serial, what, args, node, life))
 
+    def defer(self, until: int) -> None:
+        """Let the present event happen then, in its old place among those of that time."""
+        _, serial, *rest = self.event
+        heapq.heappush(self.events, (until, serial, *rest))
+
     def later(self, delay: int, what: Callable[..., None], *args: Any, node: Node | None = None) -> None:
         self.at(self.now + delay, what, *args, node=node)
 
@@ -110,7 +116,8 @@ class World:
         """Run until well after the last fault; raise Broken where an invariant does not hold."""
         end_ms = self.busy_ms + 1500
         while self.events:
-            when, _, what, args, node, life = heapq.heappop(self.events)
+            self.event = heapq.heappop(self.events)
+            when, _, what, args, node, life = self.event
             if when > end_ms or (self.now > self.busy_ms + 700 and self.idle()):
                 break
             self.now = when
@@ -118,7 +125,7 @@ class World:
                 if not node.alive or node.incarnation != life:
                     continue
                 if node.paused_until > when:
-                    self.at(node.paused_until, what, *args, node=node)
+                    self.defer(node.paused_until)
                     continue
             self.steps += 1
             what(*args)
@@ -183,7 +190,7 @@ class World:
     def arrive(self, number: int, incarnation: int, link: int, epoch: int, message: tuple[Any, ...]) -> None:
         host = self.nodes[self.home.number]
         if host.paused_until > self.now:
-            self.at(host.paused_until, self.arrive, number, incarnation, link, epoch, message)
+            self.defer(host.paused_until)
         elif self.nodes[number].link == link:
             self.home.on_lock(number, incarnation, epoch, message)
 
