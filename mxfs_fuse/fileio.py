@@ -37,7 +37,7 @@ class FileIO:
 
     # -- opening ---------------------------------------------------------------------------------------------------
 
-    async def open(self, node: Node, flags: int) -> FileInfo:
+    async def open(self, node: Node, flags: int, uid: int) -> FileInfo:
         """Open an existing file."""
         state = self.state
         writable = flags & os.O_ACCMODE != os.O_RDONLY
@@ -58,7 +58,7 @@ class FileIO:
                 cached = got >= wanted
                 if state.lower is None:
                     await state.link.ship(Op.GETATTR, 0, 0, node.fid)  # ESTALE where it was removed meanwhile
-            handle = self._handle(node, flags, writable, cached)
+            handle = self._handle(node, flags, uid, writable, cached)
             if state.lower is not None:
                 self._fd(handle)
         except BaseException:
@@ -67,26 +67,26 @@ class FileIO:
             raise
         return self._register(handle)
 
-    async def open_new(self, node: Node, flags: int, fd: int) -> FileInfo:
+    async def open_new(self, node: Node, flags: int, fd: int, uid: int) -> FileInfo:
         """Open a file that this node has just created; *fd*: its lower descriptor (-1: not the home)."""
         state = self.state
         writable = flags & os.O_ACCMODE != os.O_RDONLY
         if state.locks.mode(node.fid.ino) != _EX:
             if fd >= 0:
                 os.close(fd)
-            return await self.open(node, flags)
+            return await self.open(node, flags, uid)
         self._count(node, writable, 1)
-        handle = self._handle(node, flags, writable, cached=True)
+        handle = self._handle(node, flags, uid, writable, cached=True)
         if fd >= 0 and handle.append:
             os.close(fd)
             fd = -1
         handle.fd = fd
         return self._register(handle)
 
-    def _handle(self, node: Node, flags: int, writable: bool, cached: bool) -> Handle:
+    def _handle(self, node: Node, flags: int, uid: int, writable: bool, cached: bool) -> Handle:
         append = bool(flags & os.O_APPEND)
         direct = not cached or append or bool(flags & os.O_DIRECT)
-        handle = Handle(node, flags, writable, append, direct)
+        handle = Handle(node, flags, writable, append, direct, privileged=uid == 0)
         if not direct:
             node.may_have_pages = True
             if writable:
@@ -251,7 +251,7 @@ class FileIO:
         node = handle.node
         fd = self._fd(handle)
         done = os.pwrite(fd, buf, off)  # an O_APPEND descriptor appends whatever the offset
-        if node.privileged:
+        if node.privileged and not handle.privileged:
             kill_priv(fd)
             node.privileged = False
         self.state.changed(handle.ino)
@@ -260,11 +260,10 @@ class FileIO:
 
     async def _ship_write(self, handle: Handle, off: int, buf: bytes) -> int:
         node = handle.node
-        flags = (WriteFlag.APPEND if handle.append else 0) | (WriteFlag.KILL_PRIV if node.privileged else 0)
+        flags = (WriteFlag.APPEND if handle.append else 0) | (0 if handle.privileged else WriteFlag.KILL_PRIV)
         node.attr = None
         _, (_placed, done) = await self.state.link.ship(Op.WRITE, 0, 0, (*node.fid, off, flags, buf))
         node.attr = None
-        node.privileged = False
         self.bytes_written += done
         return int(done)
 

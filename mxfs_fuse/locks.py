@@ -2,9 +2,10 @@
 
 import asyncio
 import os
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+
+import structlog
 
 from mxfs_fuse.kernel import KernelNotifier
 from mxfs_fuse.nodes import Node, Revocation
@@ -13,15 +14,13 @@ from mxfs_proto.modes import LockMode, covers
 from mxfs_proto.records import LockBast, LockDeny, LockGrant, LockRelease, LockReq, Opens, Record
 from mxfsd.core.lockcache import LockCache
 from mxfsd.core.lockeffects import CacheEffect, Invalidate, Later, SendRelease, SendRequest, Wake
+from mxfsd.io.clock import now_ms
+
+log = structlog.get_logger(__name__)
 
 PAGE = 4096
 _THREADS = 32
 _STUCK_S = 0.002
-
-
-def now_ms() -> int:
-    """Milliseconds of this machine's monotonic clock (one for all its processes)."""
-    return time.monotonic_ns() // 1_000_000
 
 
 class LockClient:
@@ -153,7 +152,13 @@ class LockClient:
     def _start_invalidation(self, effect: Invalidate) -> None:
         task = asyncio.get_running_loop().create_task(self._revoke(effect.ino, effect.target))
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._revoked)
+
+    def _revoked(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            # The lock stays ours: what could not be invalidated or made durable must not be seen by another node.
+            log.error("a lock could not be given up", exc_info=task.exception())
 
     async def _revoke(self, ino: int, target: LockMode) -> None:
         """Make the kernel drop what *target* does not cover, make local changes durable, then release."""

@@ -7,14 +7,14 @@ import signal
 import struct
 import sys
 import uuid
-from typing import Any
+from collections import deque
+from typing import Any, NamedTuple
 
 import pyfuse3
 import pyfuse3.asyncio
 import structlog
 
 from mxfs_fuse.kernel import KernelNotifier, fuse_device_fd
-from mxfs_fuse.locks import now_ms
 from mxfs_fuse.operations import Operations
 from mxfs_fuse.state import State
 from mxfs_proto.errors import IoFailure, MxfsError, PeerError
@@ -33,6 +33,7 @@ from mxfs_proto.records import (
 )
 from mxfsd import log as logging
 from mxfsd.core.epochs import first_seq
+from mxfsd.io.clock import now_ms
 from mxfsd.io.lower import Lower
 from mxfsd.io.netlink import NetlinkEndpoint
 from mxfsd.io.unixconn import UnixFrameConnection, connect_unix
@@ -45,6 +46,15 @@ _RECLAIM_ROWS = 50_000
 _CONNECT_TRIES = 200
 
 
+class Resume(NamedTuple):
+    """Go on under this home; on the home itself with the lower mount, and what others hold locks on."""
+
+    epoch: int
+    implicit: bool
+    mount_fd: int
+    recorded: list[int]
+
+
 class Server:
     """Ties the channels to the state: hand-shake, recovery, leases."""
 
@@ -54,10 +64,10 @@ class Server:
         self._conn: UnixFrameConnection | None = None
         self._netlink = NetlinkEndpoint(self._on_record, volume_id(self._volume.bytes))
         self._welcome: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
-        self._resume: tuple[dict[str, Any], int] | None = None
+        self._resumes: deque[Resume] = deque()
         self._recorded: list[int] = []
-        self._done_epoch = 0
         self._held_back: list[Record] | None = None
+        """Records behind a RECOVERY_DONE whose RESUME has not come over the socket yet."""
         self._node = 0
         self.state: State | None = None
         self.operations: Operations | None = None
@@ -93,7 +103,7 @@ class Server:
         assert self.state is not None and self.operations is not None and self._conn is not None
         while self.state.gate is not None:
             await self.state.gate.wait()
-        options = {f"fsname={self._args.fsname}", "subtype=mxfs", "default_permissions", "allow_other"}
+        options = {f"fsname={self._args.fsname}", "subtype=mxfs", "default_permissions", "allow_other", "dev", "suid"}
         options.update(word for word in self._args.options.split(",") if word)
         pyfuse3.asyncio.enable()
         pyfuse3.init(self.operations, self._args.mountpoint, options)
@@ -152,8 +162,11 @@ class Server:
         elif frame.type is FrameType.RESUME:
             assert self._conn is not None
             fields = unpack_json(frame.payload)
-            self._resume = (fields, self._conn.take_fds(1)[0] if fields["implicit"] else -1)
-            self._try_resume()
+            implicit = bool(fields["implicit"])
+            mount_fd = self._conn.take_fds(1)[0] if implicit else -1
+            self._resumes.append(Resume(int(fields["epoch"]), implicit, mount_fd, self._recorded))
+            if self._held_back is not None:
+                self._go_on()
         elif frame.type is FrameType.FREEZE:
             self._leave_lower()
 
@@ -175,9 +188,10 @@ class Server:
             else:
                 self._freeze()
         elif isinstance(record, RecoveryDone):
-            self._done_epoch = record.epoch
+            # Each RECOVERY_DONE (netlink) has its RESUME (socket); the two may come in any order.
             self._held_back = []
-            self._try_resume()
+            if self._resumes:
+                self._go_on()
         elif isinstance(record, DaemonReady):
             log.debug("daemon ready", daemon_pid=record.daemon_pid)
 
@@ -253,26 +267,28 @@ class Server:
             self._conn.send(FrameType.RECLAIM, [pack_reclaim(rows[at : at + _RECLAIM_ROWS])], epoch=epoch)
         self._conn.send(FrameType.RECLAIM_DONE, [pack_json({"rows": len(rows)})], epoch=epoch)
 
-    def _try_resume(self) -> None:
-        """Go on once both the RESUME (socket) and the RECOVERY_DONE (netlink) of an epoch are here."""
+    def _go_on(self) -> None:
+        """Both halves of a resumption are here."""
         state = self.state
-        if self._resume is None or state is None or int(self._resume[0]["epoch"]) != self._done_epoch:
-            return
-        (fields, mount_fd), self._resume = self._resume, None
-        if mount_fd >= 0:
-            state.lower = Lower(mount_fd)
-        implicit = bool(fields["implicit"])
-        state.locks.cache.new_epoch(first_seq(self._done_epoch))
-        state.locks.cache.set_implicit(implicit, self._recorded if implicit else ())
-        if implicit:
+        assert state is not None
+        resume = self._resumes.popleft()
+        if resume.implicit:
+            state.lower = Lower(resume.mount_fd)
+        state.locks.cache.new_epoch(first_seq(resume.epoch))
+        state.locks.cache.set_implicit(resume.implicit, resume.recorded)
+        if resume.implicit:
             for node in state.nodes.values():
                 node.forget_cached()
-        logging.context.epoch = self._done_epoch
-        state.link.resume(self._done_epoch)
+        logging.context.epoch = resume.epoch
+        state.link.resume(resume.epoch)
         state.locks.resume()
         held_back, self._held_back = self._held_back or [], None
-        for record in held_back:
-            self._on_record(record)
+        while held_back:
+            self._on_record(held_back.pop(0))
+            if self._held_back is not None:  # another RECOVERY_DONE was among them
+                self._held_back.extend(held_back)
+                break
+        self._gate_is_lease = False
         state.open_gate()
 
 

@@ -103,15 +103,17 @@ class Node:
 class Handle:
     """An open regular file."""
 
-    __slots__ = ("append", "direct", "fd", "flags", "ino", "node", "writable")
+    __slots__ = ("append", "direct", "fd", "flags", "ino", "node", "privileged", "writable")
 
-    def __init__(self, node: Node, flags: int, writable: bool, append: bool, direct: bool) -> None:
+    def __init__(self, node: Node, flags: int, writable: bool, append: bool, direct: bool, *, privileged: bool) -> None:
         self.node = node
         self.ino = node.fid.ino
         self.flags = flags
         self.writable = writable
         self.append = append
         self.direct = direct
+        self.privileged = privileged
+        """Opened by root, whose writes leave set-id bits alone (a WRITE upcall does not say who writes)."""
         self.fd = -1
         """Descriptor of the lower file, on the home; -1: not opened yet, or not the home."""
 

@@ -398,10 +398,10 @@ class Operations(pyfuse3.Operations):
             attr = state.lower.link(node.fid, parent.fid, new_name)
             state.changed(parent.fid.ino, node.fid.ino)
             return self._looked_up(attr, parent)
-        node.attr = None
         grants, (attr,) = await state.link.ship(
             Op.LINK, ctx.uid, ctx.gid, (*node.fid, *parent.fid, new_name), want_lock=True
         )
+        node.attr = None
         return self._shipped_new(parent, new_name, attr, grants)
 
     @_errno_boundary
@@ -424,19 +424,19 @@ class Operations(pyfuse3.Operations):
                     if not stat.S_ISREG(found.mode):
                         raise
                     entry = self._looked_up(found, parent)
-                    return await self.io.open(state.known(Fid(found.ino, found.gen)), flags), entry
+                    return await self.io.open(state.known(Fid(found.ino, found.gen)), flags, ctx.uid), entry
                 state.changed(parent.fid.ino, attr.ino)
                 entry = self._looked_up(attr, parent)
                 node = state.known(Fid(attr.ino, attr.gen))
-                return await self.io.open_new(node, flags, fd), entry
+                return await self.io.open_new(node, flags, fd, ctx.uid), entry
             grants, (existed, attr) = await state.link.ship(
                 Op.CREATE, ctx.uid, ctx.gid, (*parent.fid, name, mode, flags), want_lock=True
             )
             entry = self._shipped_new(parent, name, attr, grants)
             node = state.known(Fid(attr.ino, attr.gen))
             if existed:
-                return await self.io.open(node, flags), entry
-            return await self.io.open_new(node, flags, -1), entry
+                return await self.io.open(node, flags, ctx.uid), entry
+            return await self.io.open_new(node, flags, -1, ctx.uid), entry
 
     # -- removing and renaming -------------------------------------------------------------------------------------
 
@@ -482,24 +482,34 @@ class Operations(pyfuse3.Operations):
                 state.check_writable()
                 state.lower.unlink(parent.fid, name, self._local_victim(attr))
                 state.changed(parent.fid.ino, attr.ino)
+                self._link_lost(0 if stat.S_ISDIR(attr.mode) else attr.nlink)
                 return
         victim = self._promise(parent, name)
         known = victim.fid if victim is not None else NO_FID
         try:
-            grants, kept = await state.link.ship(
+            grants, (*kept, gone, links) = await state.link.ship(
                 Op.UNLINK, ctx.uid, ctx.gid, (*parent.fid, name, *known), want_lock=True
             )
         finally:
             self._promise_over(victim)
         parent.attr = None
         self._name_changed(parent, name, None, grants)
-        self._stale_attr_of_open(Fid(*kept))
+        self._attr_changed(gone)
+        self._link_lost(links)
         self._keep_orphan(Fid(*kept))
 
-    def _stale_attr_of_open(self, fid: Fid) -> None:
-        node = self.state.nodes.get(fid.ino)
-        if node is not None:
-            node.attr = None
+    def _link_lost(self, links: int) -> None:
+        """An inode with so many links loses one. The kernel counts down its own, perhaps outdated, number, and refuses
+        to link what it takes for gone: where links are left, have it look up names, and so link counts, again."""
+        if links > 1 and self.state.kernel is not None and self.state.kernel.has_epoch:
+            self.state.kernel.inc_epoch()
+
+    def _attr_changed(self, *inos: int) -> None:
+        """A shipped operation of this node's changed them, under locks that it keeps."""
+        for ino in inos:
+            node = self.state.nodes.get(ino)
+            if node is not None:
+                node.attr = None
 
     @_errno_boundary
     async def rmdir(self, parent_inode: InodeT, name: bytes, ctx: RequestContext) -> None:
@@ -539,7 +549,7 @@ class Operations(pyfuse3.Operations):
         known = victim.fid if victim is not None else NO_FID
         moved = old.names.get(name_old) if old.names is not None else None
         try:
-            grants, kept = await state.link.ship(
+            grants, (*kept, renamed, replaced, links) = await state.link.ship(
                 Op.RENAME,
                 ctx.uid,
                 ctx.gid,
@@ -556,9 +566,8 @@ class Operations(pyfuse3.Operations):
             self._name_changed(old, name_old, None, grants)
             if moved is not None:
                 self._name_changed(new, name_new, moved, grants)
-        if moved is not None:
-            self._stale_attr_of_open(moved)
-        self._stale_attr_of_open(Fid(*kept))
+        self._attr_changed(renamed, replaced)
+        self._link_lost(links)
         self._keep_orphan(Fid(*kept))
 
     def _rename_here(self, old: Node, name_old: bytes, new: Node, name_new: bytes, flags: int) -> bool:
@@ -581,6 +590,8 @@ class Operations(pyfuse3.Operations):
         if replaced is not None and stat.S_ISDIR(replaced.mode):
             lower.forget(Fid(replaced.ino, replaced.gen))
         state.changed(old.fid.ino, new.fid.ino, *touched)
+        if replaced is not None and not stat.S_ISDIR(replaced.mode):
+            self._link_lost(replaced.nlink)
         return True
 
     # -- directories -----------------------------------------------------------------------------------------------
@@ -666,10 +677,12 @@ class Operations(pyfuse3.Operations):
     async def open(self, inode: InodeT, flags: int, ctx: RequestContext) -> FileInfo:
         node = self.state.node(inode)
         node.confirmed = True
-        info = await self.io.open(node, flags)
+        info = await self.io.open(node, flags, ctx.uid)
         if flags & os.O_TRUNC:
             try:
-                await self._setattr(node, (Valid.SIZE | (Valid.KILL_PRIV if node.privileged else 0), 0, 0, 0, 0, 0, 0))
+                await self._setattr(
+                    node, (Valid.SIZE | (Valid.KILL_PRIV if node.privileged and ctx.uid else 0), 0, 0, 0, 0, 0, 0)
+                )
             except OSError:
                 await self.io.release(info.fh)
                 raise

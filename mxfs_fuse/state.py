@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterable
 
 from mxfs_fuse.kernel import KernelNotifier
 from mxfs_fuse.link import OperationLink
-from mxfs_fuse.locks import LockClient, now_ms
+from mxfs_fuse.locks import LockClient
 from mxfs_fuse.nodes import Node
 from mxfs_proto.frames import ReclaimEntry
 from mxfs_proto.modes import LockMode
 from mxfs_proto.ops import Attr, Fid, Grant, Op
 from mxfs_proto.records import Record
+from mxfsd.io.clock import now_ms
 from mxfsd.io.lower import Lower
 
 _FUSE_ROOT = 1

@@ -9,10 +9,10 @@ from mxfs_proto.errors import IoFailure, MxfsError, PeerError
 from mxfs_proto.frames import Frame, FrameType, pack_json, pack_lock, unpack_json, unpack_lock
 from mxfs_proto.ondisk import LeaseState
 from mxfs_proto.ops import Fid
-from mxfs_proto.records import LockRecord, RecoveryStart
+from mxfs_proto.records import LockRecord
 from mxfsd import log as logging
-from mxfsd.homerole import now_ms
 from mxfsd.io.certs import PeerIdentity
+from mxfsd.io.clock import now_ms
 from mxfsd.io.peers import PeerConnection, connect_peer
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class ClientRole:
         logging.context.epoch = daemon.epoch
         assert daemon.fuse is not None
         if daemon.fuse.attached.is_set():
-            daemon.fuse.record(RecoveryStart(daemon.epoch, daemon.home_slot))
+            daemon.fuse.freeze(daemon.epoch, daemon.home_slot)
         else:
             daemon._welcome_fuse()
             conn.send(FrameType.RECLAIM_DONE, pack_json({"rows": 0}), epoch=daemon.epoch)

@@ -21,7 +21,7 @@ from mxfs_proto.errors import IoFailure, MisuseError, MxfsError, PeerError
 from mxfs_proto.frames import Frame, FrameType, pack_json, pack_lock, unpack_json, unpack_lock
 from mxfs_proto.ondisk import Address, LeaseState, SlotState
 from mxfs_proto.ops import Fid
-from mxfs_proto.records import LockRecord, NodeState, NodeStatus, Record, RecoveryStart
+from mxfs_proto.records import LockRecord, NodeState, NodeStatus, Record
 from mxfsd import log as logging
 from mxfsd.clientrole import ClientRole
 from mxfsd.control import ControlServer
@@ -29,10 +29,11 @@ from mxfsd.core.lease import GONE, HeldLease, HeldSlot, Joiner
 from mxfsd.core.sessions import SessionTable
 from mxfsd.core.timeouts import Timeouts
 from mxfsd.fuselink import FuseLink
-from mxfsd.homerole import HomeRole, now_ms
+from mxfsd.homerole import HomeRole
 from mxfsd.identity import Identity, load_identity
 from mxfsd.io import libc
 from mxfsd.io.certs import NodeContexts, PeerIdentity, VolumeKeys, make_contexts
+from mxfsd.io.clock import now_ms
 from mxfsd.io.heartbeat_client import BeatReport, HeartbeatClient, HeartbeatEvent
 from mxfsd.io.lockspace import Lockspace
 from mxfsd.io.lower import Lower
@@ -80,6 +81,7 @@ class Daemon:
         self.serving = False
         self.evicted: set[tuple[int, int]] = set()
         self.client_lease_until_ms = 0
+        self._claimed_until_ms = 0
         self.stopping: asyncio.Future[str] | None = None
         self._exclusive_fd = -1
         self._lower_left: asyncio.Future[None] | None = None
@@ -240,7 +242,7 @@ class Daemon:
     async def _become_home(self, held: HeldLease, members: set[int]) -> None:
         """With the lease in hand: mount, then hear what every node holds, then serve."""
         assert self.heartbeat is not None and self.fuse is not None
-        await self.heartbeat.set_home(held)
+        self._claimed_until_ms = await self.heartbeat.set_home(held)
         self.epoch = held.record.epoch
         self.home_slot = self.slot
         logging.context.epoch = self.epoch
@@ -268,7 +270,7 @@ class Daemon:
         log.info("home", epoch=self.epoch, members=sorted(members))
         if self.fuse.attached.is_set():
             self.awaited.add(self.slot)
-            self.fuse.record(RecoveryStart(self.epoch, self.slot))
+            self.fuse.freeze(self.epoch, self.slot)
         else:
             self._welcome_fuse()
         self._maybe_serve()
@@ -518,7 +520,7 @@ class Daemon:
 
     def _may_act_as_home(self) -> bool:
         report = self.heartbeat.report if self.heartbeat is not None else None
-        return report is not None and now_ms() < (report.lease_until_ms or 0)
+        return now_ms() < max((report.lease_until_ms or 0) if report is not None else 0, self._claimed_until_ms)
 
     async def _asked_to_move(self, conn: PeerConnection, target: int) -> None:
         try:
@@ -615,7 +617,7 @@ class Daemon:
         until = self.client_lease_until_ms
         if self.home is not None:
             report = self.heartbeat.report if self.heartbeat is not None else None
-            until = (report.lease_until_ms or 0) if report is not None else 0
+            until = max((report.lease_until_ms or 0) if report is not None else 0, self._claimed_until_ms)
         left = max(0, until - now_ms())
         self.fuse.record(NodeStatus(self.slot, NodeState.ACTIVE, self.epoch, self.home_slot, left))
 

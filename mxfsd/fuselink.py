@@ -53,6 +53,7 @@ class FuseLink:
         self.mounted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.attached = asyncio.Event()
         self.gone = asyncio.Event()
+        self._resumed = False
         self.pid = 0
 
     # -- life ------------------------------------------------------------------------------------------------------
@@ -175,10 +176,14 @@ class FuseLink:
 
     def freeze(self, epoch: int, home: int) -> None:
         """New operations wait from now on (RECOVERY_START of the epoch that ends)."""
+        self._resumed = False
         self.record(RecoveryStart(epoch, home))
 
     def resume(self, epoch: int, home: int, implicit: bool, recorded: list[int], mount_fd: int) -> None:
         """Go on under *epoch*. On the home: *mount_fd* is the lower mount, *recorded* what others hold locks on."""
+        if self._resumed:
+            return
+        self._resumed = True
         fields = {"epoch": epoch, "home": home, "implicit": implicit}
         self.frame(FrameType.RECLAIM, [struct.pack(f"!{len(recorded)}Q", *recorded)], epoch=epoch)
         self.frame(FrameType.RESUME, [pack_json(fields)], epoch=epoch, fd=mount_fd)

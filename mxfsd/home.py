@@ -337,7 +337,9 @@ class HomeService:
 
     def _live_attr(self, fid: Fid) -> Attr:
         attr = self.lower.getattr(fid)
-        if fid.ino in self._orphans or (attr.nlink == 1 and stat.S_ISREG(attr.mode) and self.lower.is_orphan(fid)):
+        if self._orphans.get(fid.ino) == fid or (
+            attr.nlink == 1 and stat.S_ISREG(attr.mode) and self.lower.is_orphan(fid)
+        ):
             return attr._replace(nlink=0)
         return attr
 
@@ -413,7 +415,7 @@ class HomeService:
         fid = Fid(ino, gen)
         attr = self.lower.setattr(fid, valid, *rest)
         self.forcer.changed(fid)
-        if ino in self._orphans:
+        if self._orphans.get(ino) == fid:
             attr = attr._replace(nlink=0)
         if valid & Valid.SIZE:
             self._note_unstable(fid, c.node)
@@ -460,7 +462,7 @@ class HomeService:
 
     async def _link(self, c: _Context, ino: int, gen: int, parent_ino: int, parent_gen: int, name: bytes) -> list[Any]:
         await c.lock((ino, LockMode.EX), (parent_ino, LockMode.EX))
-        if ino in self._orphans:
+        if self._orphans.get(ino) == (ino, gen):
             raise FileNotFoundError(errno.ENOENT, "it has no name any more")
         c.executed = True
         parent = Fid(parent_ino, parent_gen)
@@ -498,7 +500,7 @@ class HomeService:
         self._gone(attr, keep)
         self.forcer.changed(parent, attr.ino)
         c.grant(ino, LockMode.PR)
-        return self._kept(keep)
+        return [*self._kept(keep), attr.ino, attr.nlink]
 
     def _gone(self, attr: Attr, keep: Fid | None) -> None:
         """An object lost a name: where that was its last, close what this process has of it."""
@@ -537,7 +539,7 @@ class HomeService:
         c.grant(o_ino, LockMode.PR)
         if n_ino != o_ino:
             c.grant(n_ino, LockMode.PR)
-        return self._kept(keep)
+        return [*self._kept(keep), source.ino, *((target.ino, target.nlink) if target is not None else (0, 0))]
 
     async def _create(self, c: _Context, ino: int, gen: int, name: bytes, mode: int, flags: int) -> list[Any]:
         await c.lock((ino, LockMode.EX))

@@ -1,7 +1,6 @@
 """What a node does while it is the home: master of the locks, shipped operations, and the nodes it serves."""
 
 import asyncio
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +17,7 @@ from mxfsd.core.lockeffects import Bast, BastSilent, Deny, Grant, OpDenied, OpGr
 from mxfsd.core.sessions import Replay, SessionTable, Verdict
 from mxfsd.core.timeouts import Timeouts
 from mxfsd.home import INTERNAL_REQ, Frozen, HomeService, check_request
+from mxfsd.io.clock import now_ms
 from mxfsd.io.lower import Lower
 
 log = structlog.get_logger(__name__)
@@ -26,11 +26,6 @@ _READS = frozenset(
     {Op.LOOKUP, Op.GETATTR, Op.READLINK, Op.READ, Op.READDIR, Op.STATFS, Op.GETXATTR, Op.LISTXATTR, Op.FSYNC, Op.SYNC}
 )
 """Operations that may run twice: their replies are not kept."""
-
-
-def now_ms() -> int:
-    """Milliseconds of this machine's monotonic clock."""
-    return time.monotonic_ns() // 1_000_000
 
 
 class HomeRole:

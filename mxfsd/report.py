@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from mxfs_proto.ondisk import SlotState
-from mxfsd.homerole import now_ms
+from mxfsd.io.clock import now_ms
 
 if TYPE_CHECKING:
     from mxfsd.daemon import Daemon

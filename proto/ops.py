@@ -139,9 +139,9 @@ REPLIES: dict[Op, tuple[str, ...]] = {
     Op.MKDIR: ("A",),
     Op.SYMLINK: ("A",),
     Op.LINK: ("A",),
-    Op.UNLINK: _OBJ,  # the object, where it is kept as an orphan; else 0, 0
+    Op.UNLINK: (*_OBJ, "Q", "I"),  # the object, where it is kept as an orphan (else 0, 0); inode, links before
     Op.RMDIR: (),
-    Op.RENAME: _OBJ,  # likewise
+    Op.RENAME: (*_OBJ, "Q", "Q", "I"),  # orphan; the inode that was renamed, the one replaced, links of that before
     Op.CREATE: ("I", "A"),  # 1: the file was there already
     Op.READ: ("v",),
     Op.WRITE: ("Q", "I"),  # offset it was placed at, bytes written
