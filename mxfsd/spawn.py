@@ -109,7 +109,9 @@ def launch(
         os.close(pid_write)
         pid_write = -1
         os.waitpid(first, 0)
-        text = os.read(pid_read, 32)
+        text = b""
+        while part := os.read(pid_read, 32):
+            text += part
         if not text:
             raise DaemonFailed("the daemon's process could not be made", errno.EAGAIN)
         kept, ready_read = ready_read, -1
@@ -128,7 +130,7 @@ def _child(argv: Sequence[str], env: Mapping[str, str], log_fd: int, netns_fd: i
         if pid:
             os.write(pid_fd, b"%d" % pid)
             os._exit(0)
-        os.close(pid_fd)
+        # pid_fd stays open until execve closes it: only from then on does the environment show the mark.
         os.chdir("/")
         os.umask(0o022)
         if netns_fd >= 0:

@@ -1,0 +1,194 @@
+"""``mxfs``: the operator's command. Each subcommand imports what it needs, so that none waits for the others.
+
+``status``, ``locks`` and ``home move`` talk to the daemons of this host through the control sockets under the run root:
+``--run-dir``, else the environment variable MXFS_RUN_ROOT, else /run/mxfs.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mxfs_proto.errors import MisuseError, MxfsError
+from mxfsd.options import DEFAULT_RUN_ROOT, RUN_ROOT_ENV
+
+STATUS_S = 10.0
+MOVE_S = 90.0
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of everything but ``lab`` and ``info``, which have their own."""
+    top = argparse.ArgumentParser(prog="mxfs", description="Look after MXFS volumes.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, text: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=text, description=text)
+
+    def with_volume(command: argparse.ArgumentParser) -> None:
+        command.add_argument("--json", action="store_true", help="as JSON")
+        command.add_argument("--run-dir", metavar="DIR", help="where the run directories are (default /run/mxfs)")
+
+    status = add("status", "show home, epoch, nodes, locks and operations of the volumes mounted here")
+    status.add_argument("volume", nargs="?", help="uuid, label, device or mount point (default: all)")
+    with_volume(status)
+    locks = add("locks", "show each resource with holders, modes, waiters and ages")
+    locks.add_argument("volume", nargs="?", help="uuid, label, device or mount point (default: all)")
+    with_volume(locks)
+    add("info", "show a device's lockspace: mxfs info DEVICE [--json]")
+    home = add("home", "move the home of a volume: mxfs home move NODE")
+    actions = home.add_subparsers(dest="action", required=True, metavar="move")
+    move = actions.add_parser("move", help="move it to a node")
+    move.add_argument("node", metavar="NODE", help="name or slot number")
+    move.add_argument("--volume", help="uuid, label, device or mount point (needed if several are mounted here)")
+    move.add_argument("--run-dir", metavar="DIR", help="where the run directories are (default /run/mxfs)")
+    add("lab", "a cluster on this machine, to try things out: mxfs lab --help")
+    install = add("install", "link mount.mxfs, mkfs.mxfs and mxfs into the system, install the systemd unit")
+    uninstall = add("uninstall", "remove what mxfs install made")
+    for command in (install, uninstall):
+        command.add_argument("--root", default="/", help="another root folder than /")
+    add("version", "print the version")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit code: 0, or 1 with a one-line reason on standard error, or 2 for usage."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    try:
+        return _dispatch(words)
+    except MxfsError as error:
+        print(f"mxfs: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("mxfs: interrupted", file=sys.stderr)
+    except BrokenPipeError:
+        # The reader (head, say) has seen enough; nothing may be flushed into the pipe at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return 1
+
+
+def _dispatch(words: list[str]) -> int:
+    if words[:1] == ["lab"]:
+        from mxfsd.lab.cli import main as lab_main
+
+        return lab_main(words[1:])
+    if words[:1] == ["info"]:
+        from mxfsd.info import main_info
+
+        return main_info(words[1:])
+    arguments = parser().parse_args(words)
+    match arguments.command:
+        case "status":
+            return _status(arguments)
+        case "locks":
+            return _locks(arguments)
+        case "home":
+            return _move(arguments)
+        case "install" | "uninstall":
+            from mxfsd.cli import install
+
+            act = install.install if arguments.command == "install" else install.uninstall
+            for line in act(Path(arguments.root)):
+                print(line)
+            return 0
+        case _:
+            from importlib.metadata import version
+
+            print(f"mxfs {version('mxfs')}")
+            return 0
+
+
+def _run_root(arguments: argparse.Namespace) -> str:
+    return str(arguments.run_dir or os.environ.get(RUN_ROOT_ENV) or DEFAULT_RUN_ROOT)
+
+
+def _views(arguments: argparse.Namespace) -> list[tuple[Path, dict[str, Any]]]:
+    """Ask every daemon of this host for its status; keep those of the volume asked for.
+
+    A daemon that does not answer is reported on standard error. Raises MisuseError when nothing is left.
+    """
+    from mxfsd import control
+
+    root = _run_root(arguments)
+    views: list[tuple[Path, dict[str, Any]]] = []
+    silent = 0
+    for path in control.find_sockets(root):
+        try:
+            views.append((path, control.request(path, "status", STATUS_S)))
+        except control.NotRunning:
+            continue  # left over from a daemon that died
+        except MxfsError as error:
+            print(f"mxfs: {error}", file=sys.stderr)
+            silent += 1
+    if not views:
+        if silent:
+            raise MisuseError("no daemon of this host answered")
+        raise MisuseError(f"no volume is mounted here (no daemon has its socket under {root}); mount -t mxfs first")
+    wanted = arguments.volume
+    if wanted is None:
+        return views
+    kept = [view for view in views if _is_volume(view[1], wanted)]
+    if not kept:
+        known = ", ".join(f"{view['volume']} at {view['mountpoint']}" for _, view in views)
+        raise MisuseError(f"{wanted}: no such volume is mounted here; there are {known}")
+    return kept
+
+
+def _is_volume(view: dict[str, Any], wanted: str) -> bool:
+    if wanted in (view["volume"], view.get("label") or None, view["device"], view["mountpoint"]):
+        return True
+    return os.path.realpath(wanted) in (os.path.realpath(view["device"]), view["mountpoint"])
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    views = [view for _, view in _views(arguments)]
+    if arguments.json:
+        print(_json([_without_ok(view) for view in views]))
+        return 0
+    from mxfsd.cli.render import status_text
+
+    print("\n\n".join(status_text(view) for view in views))
+    return 0
+
+
+def _locks(arguments: argparse.Namespace) -> int:
+    from mxfsd import control
+
+    replies = []
+    for path, view in _views(arguments):
+        reply = control.request(path, "locks", STATUS_S)
+        replies.append({"volume": view["volume"], "mountpoint": view["mountpoint"], **_without_ok(reply)})
+    if arguments.json:
+        print(_json(replies))
+        return 0
+    from mxfsd.cli.render import locks_text
+
+    print("\n\n".join(locks_text(reply) for reply in replies))
+    return 0
+
+
+def _move(arguments: argparse.Namespace) -> int:
+    from mxfsd import control
+
+    views = _views(arguments)
+    if len(views) > 1:
+        known = ", ".join(f"{view['volume']} at {view['mountpoint']}" for _, view in views)
+        raise MisuseError(f"several volumes are mounted here: say --volume; there are {known}")
+    path, view = views[0]
+    reply = control.request(path, "home-move", MOVE_S, node=arguments.node)
+    print(f"{view['volume']}: home {reply.get('home', arguments.node)}, epoch {reply.get('epoch', '?')}")
+    return 0
+
+
+def _without_ok(reply: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in reply.items() if key != "ok"}
+
+
+def _json(value: object) -> str:
+    import json
+
+    return json.dumps(value, indent=1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
