@@ -51,7 +51,7 @@ class FileIO:
         self._count(node, writable, 1)
         wanted = _EX if writable else _PR
         try:
-            cached = state.locks.mode(ino) >= wanted
+            cached = state.locks.cache.may_open(ino, writable)
             if not cached:
                 node.registered = node.opens
                 got = await state.locks.want(ino, wanted, _OPEN, node.opens)
@@ -71,7 +71,7 @@ class FileIO:
         """Open a file that this node has just created; *fd*: its lower descriptor (-1: not the home)."""
         state = self.state
         writable = flags & os.O_ACCMODE != os.O_RDONLY
-        if state.locks.mode(node.fid.ino) != _EX:
+        if not state.locks.cache.may_open(node.fid.ino, writable):
             if fd >= 0:
                 os.close(fd)
             return await self.open(node, flags, uid)
@@ -261,9 +261,9 @@ class FileIO:
     async def _ship_write(self, handle: Handle, off: int, buf: bytes) -> int:
         node = handle.node
         flags = (WriteFlag.APPEND if handle.append else 0) | (0 if handle.privileged else WriteFlag.KILL_PRIV)
-        node.attr = None
+        self.state.own_change(node)
         _, (_placed, done) = await self.state.link.ship(Op.WRITE, 0, 0, (*node.fid, off, flags, buf))
-        node.attr = None
+        self.state.own_change(node)
         self.bytes_written += done
         return int(done)
 

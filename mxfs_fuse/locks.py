@@ -52,6 +52,7 @@ class LockClient:
         self.waits = 0
         self.basts = 0
         self.suspended = False
+        self.reclaiming = False
 
     def close(self) -> None:
         """End the invalidation threads."""
@@ -104,7 +105,7 @@ class LockClient:
                 node = self._nodes.get(effect.ino)
                 if node is not None:
                     node.registered = effect.opens
-                if not self.suspended:
+                if not self.reclaiming:
                     self._send(LockRelease(effect.ino, effect.seq, effect.mode, *effect.opens))
             elif isinstance(effect, Wake):
                 for future in self._waits.pop(effect.req_id, ()):
@@ -117,9 +118,10 @@ class LockClient:
                 self._start_invalidation(effect)
             elif isinstance(effect, Later):
                 delay = max(0, effect.at_ms - now_ms()) / 1000
-                asyncio.get_running_loop().call_later(delay, self._tick)
+                asyncio.get_running_loop().call_later(delay, self.tick)
 
-    def _tick(self) -> None:
+    def tick(self) -> None:
+        """Once a second, and when a minimum hold time ends."""
         self.run(self.cache.tick(now_ms()))
 
     def on_record(self, record: Record) -> None:
@@ -136,12 +138,16 @@ class LockClient:
     # -- a change of home ------------------------------------------------------------------------------------------
 
     def suspend(self) -> None:
-        """Send nothing more to the home that is going; messages of its own no longer count either."""
+        """Ask the home that is going for nothing more; its BASTs are still answered."""
         self.suspended = True
+
+    def reclaim(self) -> None:
+        """What is held has been named to the next home: say nothing until it serves."""
+        self.suspended = self.reclaiming = True
 
     def resume(self) -> None:
         """Ask the new home for everything that is still wanted."""
-        self.suspended = False
+        self.suspended = self.reclaiming = False
         self.run(self.cache.resend(now_ms()))
         for node in self._nodes.values():
             if node.opens != node.registered and not covers(self.mode(node.fid.ino), LockMode.PR):
@@ -205,6 +211,11 @@ class LockClient:
                 break
         if not node.in_flight and not node.opens_r and not node.opens_w:
             node.may_have_pages = False
+
+    def drop_pages_of(self, node: Node) -> asyncio.Future[None]:
+        """Drop all pages of a file but those that waiting upcalls have locked (the lock is lost already)."""
+        work = self._in_thread(self._invalidate_ranges, node.fid.ino, _gaps(node.in_flight))
+        return asyncio.ensure_future(work)
 
     async def _in_thread(self, work: Callable[..., None], *args: object) -> None:
         await asyncio.get_running_loop().run_in_executor(self._pool, work, *args)

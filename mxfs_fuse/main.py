@@ -15,6 +15,7 @@ import pyfuse3.asyncio
 import structlog
 
 from mxfs_fuse.kernel import KernelNotifier, fuse_device_fd
+from mxfs_fuse.nodes import Node
 from mxfs_fuse.operations import Operations
 from mxfs_fuse.state import State
 from mxfs_proto.errors import IoFailure, MxfsError, PeerError
@@ -73,6 +74,9 @@ class Server:
         self.operations: Operations | None = None
         self._lease_timer: asyncio.TimerHandle | None = None
         self._lost = asyncio.Event()
+        self._lapsed = False
+        self._drops: list[tuple[Node, asyncio.Future[None]]] = []
+        self._frozen = True
 
     # -- start -----------------------------------------------------------------------------------------------------
 
@@ -116,6 +120,7 @@ class Server:
             self._conn.send(FrameType.FUSE_READY, [pack_json({"pid": os.getpid()})])
             log.info("mounted", mountpoint=self._args.mountpoint, entry_epochs=kernel.has_epoch)
             lost = loop.create_task(self._lost.wait())
+            ticks = loop.create_task(self._ticks())
             await asyncio.wait((main, lost), return_when=asyncio.FIRST_COMPLETED)
             if main.done():
                 main.result()
@@ -124,8 +129,17 @@ class Server:
                 self.state.link.fail_all()
                 pyfuse3.terminate()
             lost.cancel()
+            ticks.cancel()
         finally:
             pyfuse3.close(unmount=True)
+
+    async def _ticks(self) -> None:
+        """Forgotten locks go back, requests without an answer are sent again."""
+        assert self.state is not None
+        while True:
+            await asyncio.sleep(1)
+            self.state.locks.tick()
+            self._maybe_reopen()
 
     async def _answers(self) -> None:
         """Return when the mount answers: a stat of its root through the kernel, from a thread."""
@@ -204,42 +218,50 @@ class Server:
         state.lease_until_ms = max(state.lease_until_ms, now_ms() + record.lease_ms)
         if self._lease_timer is not None:
             self._lease_timer.cancel()
-        delay = max(0, state.lease_until_ms - now_ms()) / 1000
-        self._lease_timer = asyncio.get_running_loop().call_later(delay, self._lease_over)
-        if state.gate is not None and self._gate_is_lease:
-            self._gate_is_lease = False
-            state.open_gate()
+        left_ms = state.lease_until_ms - now_ms()
+        delay = max(0, left_ms - state.lease_margin_ms) / 1000
+        self._lease_timer = asyncio.get_running_loop().call_later(delay, self._lease_ends)
+        self._maybe_reopen()
 
-    _gate_is_lease = False
-
-    def _lease_over(self) -> None:
-        """Nothing was heard from the home for a lease: what is cached here may be old from now on."""
+    def _lease_ends(self) -> None:
+        """Nothing was heard from the home for almost a lease: what is cached here may soon be old. Drop it in time."""
         state = self.state
         assert state is not None
+        if self._lapsed:
+            return
+        self._lapsed = True
         if state.gate is None:
-            log.warning("lease over: operations wait until the home is heard again")
+            log.warning("lease runs out: operations wait until the home is heard again")
             state.close_gate()
-            self._gate_is_lease = True
+        state.locks.cache.drop_all()
+        self._drops = [(node, state.locks.drop_pages_of(node)) for node in state.nodes.values() if node.may_have_pages]
         for node in state.nodes.values():
             node.forget_cached()
-        asyncio.get_running_loop().run_in_executor(None, self._drop_kernel_caches, list(state.nodes))
+        if state.kernel is not None and state.kernel.has_epoch:
+            state.kernel.inc_epoch()
+        for _node, work in self._drops:
+            work.add_done_callback(lambda _done: self._maybe_reopen())
 
-    def _drop_kernel_caches(self, inos: list[int]) -> None:
-        """In a thread: make the kernel forget everything."""
+    def _maybe_reopen(self) -> None:
+        """After a lapse: go on once the home is heard again and nothing old is left in the kernel."""
         state = self.state
-        if state is None or state.kernel is None:
+        if not self._lapsed or state is None or now_ms() >= state.lease_until_ms - state.lease_margin_ms:
             return
-        state.kernel.inc_epoch()
-        for ino in inos:
-            state.kernel.inval_pages(state.nodeid_of(ino), 0, 0)
+        # A pass that waits for folios of upcalls which themselves wait at the gate has nothing readable before it.
+        if any(not work.done() and not node.in_flight for node, work in self._drops):
+            return
+        self._lapsed = False
+        self._drops = []
+        if not self._frozen:
+            state.open_gate()
 
     # -- a change of home ------------------------------------------------------------------------------------------
 
     def _freeze(self) -> None:
         state = self.state
         assert state is not None
+        self._frozen = True
         state.close_gate()
-        self._gate_is_lease = False
         state.link.suspend()
         state.locks.suspend()
 
@@ -260,6 +282,7 @@ class Server:
         assert state is not None and self._conn is not None
         self._freeze()
         state.link.epoch = epoch
+        state.locks.reclaim()
         rows = state.held_rows()
         state.locks.cache.set_implicit(False)
         state.locks.cache.new_epoch(first_seq(epoch))
@@ -288,8 +311,9 @@ class Server:
             if self._held_back is not None:  # another RECOVERY_DONE was among them
                 self._held_back.extend(held_back)
                 break
-        self._gate_is_lease = False
-        state.open_gate()
+        self._frozen = False
+        if not self._lapsed:
+            state.open_gate()
 
 
 async def _run(args: argparse.Namespace) -> int:

@@ -45,6 +45,7 @@ class Node:
         "attr",
         "attr_seq",
         "cached_writers",
+        "changes",
         "confirmed",
         "fid",
         "in_flight",
@@ -75,6 +76,8 @@ class Node:
         self.opens_r = 0
         self.opens_w = 0
         self.cached_writers = 0
+        self.changes = 0
+        """Begins and ends of this node's own shipped changes: what was asked before one is not kept after it."""
         self.registered = (0, 0)
         """The open counts that the master was told last."""
         self.may_have_pages = False

@@ -129,17 +129,21 @@ class Operations(pyfuse3.Operations):
 
     async def _ship_lookup(self, parent: Node, name: bytes) -> EntryAttributes:
         state = self.state
+        changes, all_changes = parent.changes, state.changes
         try:
             grants, (attr,) = await state.link.ship(Op.LOOKUP, _ANYBODY, _ANYBODY, (*parent.fid, name), want_lock=True)
         except OperationError as exc:
             if exc.errno != errno.ENOENT:
                 raise
-            self._remember_name(parent, name, None, exc.grants)
+            if parent.changes == changes:
+                self._remember_name(parent, name, None, exc.grants)
             return self._absent(state.entry_ttl(state.ttl(), parent.fid.ino))
         fid = Fid(attr.ino, attr.gen)
-        self._remember_name(parent, name, fid, grants)
+        if parent.changes == changes:
+            self._remember_name(parent, name, fid, grants)
         reply = self._looked_up(attr, parent)
-        state.remember_attr(state.known(fid), attr, grants)
+        if state.changes == all_changes:  # which inode it would be was not known before
+            state.remember_attr(state.known(fid), attr, grants, state.known(fid).changes)
         return reply
 
     def _remember_name(self, parent: Node, name: bytes, fid: Fid | None, grants: list[Grant]) -> None:
@@ -176,8 +180,9 @@ class Operations(pyfuse3.Operations):
                 return attr, True
             if state.attr_holds(node):
                 return cast(Attr, node.attr), True
+        changes = node.changes
         grants, (attr,) = await state.link.ship(Op.GETATTR, _ANYBODY, _ANYBODY, node.fid, want_lock=True)
-        state.remember_attr(node, attr, grants)
+        state.remember_attr(node, attr, grants, changes)
         return attr, state.granted(grants, ino) and state.may_read(ino)
 
     @_errno_boundary
@@ -275,9 +280,9 @@ class Operations(pyfuse3.Operations):
             if node.opens_r or node.opens_w:
                 return (await self._attr(node))[0]
             return new
-        node.attr = None
+        self.state.own_change(node)
         _, (shipped,) = await state.link.ship(Op.SETATTR, _ANYBODY, _ANYBODY, (*node.fid, *values))
-        node.attr = None
+        self.state.own_change(node)
         return cast(Attr, shipped)
 
     @_errno_boundary
@@ -291,9 +296,9 @@ class Operations(pyfuse3.Operations):
             state.lower.setxattr(node.fid, name, value, 0)
             state.changed(node.fid.ino)
             return
-        node.attr = None
+        self.state.own_change(node)
         await state.link.ship(Op.SETXATTR, _ANYBODY, _ANYBODY, (*node.fid, name, value, 0))
-        node.attr = None
+        self.state.own_change(node)
 
     @_errno_boundary
     async def getxattr(self, inode: InodeT, name: bytes, ctx: RequestContext) -> bytes:
@@ -328,9 +333,9 @@ class Operations(pyfuse3.Operations):
             state.lower.removexattr(node.fid, name)
             state.changed(node.fid.ino)
             return
-        node.attr = None
+        self.state.own_change(node)
         await state.link.ship(Op.REMOVEXATTR, _ANYBODY, _ANYBODY, (*node.fid, name))
-        node.attr = None
+        self.state.own_change(node)
 
     # -- making ----------------------------------------------------------------------------------------------------
 
@@ -358,10 +363,10 @@ class Operations(pyfuse3.Operations):
     def _shipped_new(self, parent: Node, name: bytes, attr: Attr, grants: list[Grant]) -> EntryAttributes:
         """What a shipped operation on *parent* made under *name* becomes known here."""
         fid = Fid(attr.ino, attr.gen)
-        parent.attr = None
+        self.state.own_change(parent)
         self._name_changed(parent, name, fid, grants)
         reply = self._looked_up(attr, parent)
-        self.state.remember_attr(self.state.known(fid), attr, grants)
+        self.state.remember_attr(self.state.known(fid), attr, grants, self.state.known(fid).changes)
         return reply
 
     def _name_changed(self, parent: Node, name: bytes, fid: Fid | None, grants: list[Grant]) -> None:
@@ -398,10 +403,11 @@ class Operations(pyfuse3.Operations):
             attr = state.lower.link(node.fid, parent.fid, new_name)
             state.changed(parent.fid.ino, node.fid.ino)
             return self._looked_up(attr, parent)
+        state.own_change(node, parent)
         grants, (attr,) = await state.link.ship(
             Op.LINK, ctx.uid, ctx.gid, (*node.fid, *parent.fid, new_name), want_lock=True
         )
-        node.attr = None
+        self.state.own_change(node)
         return self._shipped_new(parent, new_name, attr, grants)
 
     @_errno_boundary
@@ -429,6 +435,7 @@ class Operations(pyfuse3.Operations):
                 entry = self._looked_up(attr, parent)
                 node = state.known(Fid(attr.ino, attr.gen))
                 return await self.io.open_new(node, flags, fd, ctx.uid), entry
+            state.own_change(parent)
             grants, (existed, attr) = await state.link.ship(
                 Op.CREATE, ctx.uid, ctx.gid, (*parent.fid, name, mode, flags), want_lock=True
             )
@@ -453,7 +460,7 @@ class Operations(pyfuse3.Operations):
         if node is not None and node.removing is not None:
             node.removing.set_result(None)
             node.removing = None
-            node.attr = None
+            self.state.own_change(node)
 
     def _keep_orphan(self, kept: Fid) -> None:
         """The home kept an object because somebody may have it open: if that is not this node, say so."""
@@ -484,6 +491,7 @@ class Operations(pyfuse3.Operations):
                 state.changed(parent.fid.ino, attr.ino)
                 self._link_lost(0 if stat.S_ISDIR(attr.mode) else attr.nlink)
                 return
+        state.own_change(parent)
         victim = self._promise(parent, name)
         known = victim.fid if victim is not None else NO_FID
         try:
@@ -492,7 +500,7 @@ class Operations(pyfuse3.Operations):
             )
         finally:
             self._promise_over(victim)
-        parent.attr = None
+        self.state.own_change(parent)
         self._name_changed(parent, name, None, grants)
         self._attr_changed(gone)
         self._link_lost(links)
@@ -509,7 +517,7 @@ class Operations(pyfuse3.Operations):
         for ino in inos:
             node = self.state.nodes.get(ino)
             if node is not None:
-                node.attr = None
+                self.state.own_change(node)
 
     @_errno_boundary
     async def rmdir(self, parent_inode: InodeT, name: bytes, ctx: RequestContext) -> None:
@@ -525,8 +533,9 @@ class Operations(pyfuse3.Operations):
                 state.lower.forget(Fid(attr.ino, attr.gen))
                 state.changed(parent.fid.ino)
                 return
+        state.own_change(parent)
         grants, _ = await state.link.ship(Op.RMDIR, ctx.uid, ctx.gid, (*parent.fid, name), want_lock=True)
-        parent.attr = None
+        self.state.own_change(parent)
         self._name_changed(parent, name, None, grants)
 
     @_errno_boundary
@@ -545,6 +554,7 @@ class Operations(pyfuse3.Operations):
             await state.pass_gate()
         if self._rename_here(old, name_old, new, name_new, flags):
             return
+        state.own_change(old, new)
         victim = self._promise(new, name_new) if not flags else None
         known = victim.fid if victim is not None else NO_FID
         moved = old.names.get(name_old) if old.names is not None else None
@@ -558,7 +568,7 @@ class Operations(pyfuse3.Operations):
             )
         finally:
             self._promise_over(victim)
-        old.attr = new.attr = None
+        state.own_change(old, new)
         for parent, name in ((old, name_old), (new, name_new)):
             if parent.names is not None:
                 parent.names.pop(name, None)

@@ -35,8 +35,12 @@ class State:
         self.gate: asyncio.Event | None = asyncio.Event()
         """While not None, operations wait: there is no home to serve them (or our lease is over)."""
         self.lease_until_ms = 0
+        self.changes = 0
+        """Begins and ends of this node's own shipped changes."""
         self.losses = 0
         """Locks lost so far: while it stays the same, whatever was read under a lock is still current."""
+        self.lease_margin_ms = kernel_cache_ms // 8
+        """So long before the end of the lease what is cached begins to be dropped."""
         self._kernel_cache_ms = kernel_cache_ms
         self._dirty: set[int] = set()
         self._dirty_sync: asyncio.Task[None] | None = None
@@ -100,11 +104,23 @@ class State:
         """Whether the attributes kept of a node are still under the lock that they were read under."""
         return node.attr is not None and node.attr_seq == self.locks.seq(node.fid.ino) and self.may_read(node.fid.ino)
 
-    def remember_attr(self, node: Node, attr: Attr, grants: Iterable[Grant]) -> None:
-        """Keep attributes of a reply that came with a lock (not on the home: its lower mount is as near)."""
+    def remember_attr(self, node: Node, attr: Attr, grants: Iterable[Grant], changes: int) -> None:
+        """Keep attributes of a reply that came with a lock (not on the home: its lower mount is as near).
+
+        *changes* is ``node.changes`` when they were asked for: those from before a change of our own are not kept.
+        """
+        if node.changes != changes:
+            return
         if self.lower is None and self.granted(grants, node.fid.ino) and self.may_read(node.fid.ino):
             node.attr = attr
             node.attr_seq = self.locks.seq(node.fid.ino)
+
+    def own_change(self, *nodes: Node) -> None:
+        """A shipped change of this node's begins, or has ended: what was asked for before is not kept from now on."""
+        self.changes += 1
+        for node in nodes:
+            node.changes += 1
+            node.attr = None
 
     def _adopt(self, grants: list[Grant]) -> None:
         now = now_ms()
@@ -136,7 +152,7 @@ class State:
 
     def ttl(self) -> float:
         """Seconds that the kernel may keep attributes: shorter than what is left of our lease."""
-        left = min(self._kernel_cache_ms, self.lease_until_ms - now_ms())
+        left = min(self._kernel_cache_ms, self.lease_until_ms - self.lease_margin_ms - now_ms())
         return left / 1000 if left > 0 else 0.0
 
     def entry_ttl(self, ttl: float, parent_ino: int) -> float:

@@ -31,6 +31,7 @@ class ClientRole:
         self._conn: PeerConnection | None = None
         self._welcomed: asyncio.Future[dict[str, Any]] | None = None
         self._closed = False
+        self._following = False
         self._moved_to: dict[str, Any] | None = None
 
     def close(self) -> None:
@@ -109,6 +110,15 @@ class ClientRole:
 
     async def follow(self) -> None:
         """Connect, again and again, until there is a home; take the lease where the home is dead or gave it up."""
+        if self._following:
+            return
+        self._following = True
+        try:
+            await self._follow()
+        finally:
+            self._following = False
+
+    async def _follow(self) -> None:
         daemon = self._daemon
         while not self._closed:
             try:

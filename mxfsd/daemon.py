@@ -478,7 +478,9 @@ class Daemon:
             if self.serving:
                 home.on_operation(slot, frame)
         elif frame.type is FrameType.LOCK:
-            home.on_lock(slot, unpack_lock(frame.payload))
+            # In the grace period only what is reclaimed counts; while the home is left, answers to BASTs still do.
+            if self.serving or self._moving.locked():
+                home.on_lock(slot, unpack_lock(frame.payload))
         elif frame.type is FrameType.LEASE:
             self.last_heard_ms[slot] = now_ms()
             conn.send(FrameType.LEASE_ACK, b"", epoch=self.epoch, seq=frame.seq)
