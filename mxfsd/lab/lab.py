@@ -26,6 +26,7 @@ NODES_MAX = 64
 UMOUNT_S = 20.0
 BUSY_RETRY_S = 1.0
 LEAVE_S = 30.0
+REAP_S = 5.0
 STATUS_S = 3.0
 MOVE_S = 60.0
 
@@ -190,6 +191,7 @@ class Lab:
             if procs.marked(mark) or (mount is not None and mountinfo.is_mxfs(mount)):
                 crash(mark, str(paths.mountpoint(name)), mount.source if mount is not None else "")
             self._unmount_dead(name)
+            paths.run_link(name).unlink(missing_ok=True)
         for loop in loops:
             disk.detach(loop, paths.image)
         net.remove(lab_id(paths.root))
@@ -220,7 +222,11 @@ class Lab:
             if disk.backing(node.loop) != str(paths.image):
                 node.loop = disk.attach(paths.image)
             loop = node.loop
-        words = [f"timeouts={state.timeouts},node={name},state={paths.run_root(name)}", state.options, extra]
+        link = paths.run_link(name)
+        link.parent.mkdir(exist_ok=True)
+        link.unlink(missing_ok=True)
+        link.symlink_to(paths.run_root(name))
+        words = [f"timeouts={state.timeouts},node={name},state={link}", state.options, extra]
         begun = time.monotonic()
         mounted = mount_volume(
             loop,
@@ -287,6 +293,7 @@ class Lab:
         for _ in range(8):  # a mount may cover another one
             mount = mountinfo.at(mountpoint)
             if mount is None:
+                _reap_hung()
                 return
             subprocess.run(
                 ["umount", "-i", "-l", mountpoint], stdin=subprocess.DEVNULL, capture_output=True, check=False
@@ -403,6 +410,17 @@ class _Busy(IoFailure):
     """umount says EBUSY."""
 
 
+_hung: list[subprocess.Popen[bytes]] = []
+
+
+def _reap_hung() -> None:
+    """Wait for the umounts that hung on a daemon which is dead now."""
+    for process in list(_hung):
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(REAP_S)
+            _hung.remove(process)
+
+
 def _umount(mountpoint: str) -> str:
     """Run umount; return the empty string, or what it complained of. One that hangs is left to its fate."""
     process = subprocess.Popen(
@@ -411,8 +429,11 @@ def _umount(mountpoint: str) -> str:
     try:
         _, complaint = process.communicate(timeout=UMOUNT_S)
     except subprocess.TimeoutExpired:
-        # Not waited for: a request that the FUSE server has read and does not answer cannot be killed.
+        # A request that the FUSE server has read and does not answer cannot be killed: waited for when that is dead.
         process.kill()
+        assert process.stderr is not None
+        process.stderr.close()
+        _hung.append(process)
         return f"umount {mountpoint} did not return within {UMOUNT_S:g} s"
     return "" if process.returncode == 0 else complaint.decode(errors="replace").strip()
 

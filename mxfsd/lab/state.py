@@ -13,6 +13,7 @@ from mxfs_proto.errors import MisuseError
 
 VERSION = 1
 MARK_ENV = "MXFS_LAB_NODE"
+RUN_LINKS = "/run/mxfs-lab"
 
 UP, STOPPED, DEAD = "up", "stopped", "dead"
 
@@ -74,6 +75,10 @@ class Paths:
         """A node's own stand-in for /run/mxfs."""
         return self.private / name / "run"
 
+    def run_link(self, name: str) -> Path:
+        """A short name for run_root: the sockets in it must fit a socket address (108 bytes, unix(7))."""
+        return Path(RUN_LINKS) / f"{lab_id(self.root)}-{name}"
+
     def mark(self, name: str) -> str:
         """The environment entry that all processes of a node carry."""
         return f"{MARK_ENV}={self.root}:{name}"
@@ -108,6 +113,8 @@ def save(paths: Paths, state: State) -> None:
 @contextmanager
 def updating(paths: Paths) -> Iterator[State]:
     """Load the state, let the caller change it, save it; commands that run at once do so one after the other."""
+    if not paths.private.exists():
+        load(paths)  # raises: no lab is here
     fd = os.open(paths.private, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)

@@ -1,0 +1,234 @@
+"""``mxfs``: against daemons that only have a control socket; and its installation below another root."""
+
+import asyncio
+import contextlib
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mxfsd.cli import install, mxfs
+from mxfsd.cli.render import age, locks_text, size, status_text
+from mxfsd.cli.table import table
+from mxfsd.control import ControlServer
+
+UUID = "5bbb064e-197b-4499-8c84-1a3eed3b6914"
+STATUS: dict[str, Any] = {
+    "volume": UUID,
+    "label": "data",
+    "device": "/dev/sdb",
+    "mountpoint": "/mnt/shared",
+    "node": "alpha",
+    "slot": 1,
+    "home": "alpha",
+    "home_slot": 1,
+    "epoch": 7,
+    "state": "serving",
+    "nodes": [
+        {
+            "slot": 1,
+            "name": "alpha",
+            "state": "active",
+            "incarnation": 3,
+            "age_ms": 120,
+            "home": True,
+            "address": "a:1",
+        },
+        {"slot": 2, "name": "beta", "state": "failed", "incarnation": 1, "age_ms": 15300, "home": False, "address": ""},
+    ],
+    "locks": {"held": 5, "cached": 4, "waiting": 1},
+    "basts": 9,
+    "ops": {"shipped": 3, "executed": 2, "bytes_read": 2048, "bytes_written": 17},
+    "fencing": "lease",
+}
+LOCKS: dict[str, Any] = {
+    "home": "alpha",
+    "here": True,
+    "resources": [
+        {
+            "ino": 131,
+            "holders": [
+                {"node": "alpha", "mode": "PR", "seq": 4, "age_ms": 900, "op": None},
+                {"node": "beta", "mode": "EX", "seq": 5, "age_ms": 2, "op": 77},
+            ],
+            "waiters": [{"node": "beta", "mode": "PW", "age_ms": 31000, "op": None}],
+            "opens": {"beta": [1, 2]},
+        }
+    ],
+}
+
+
+@contextlib.contextmanager
+def daemon(path: Path, status: dict[str, Any], locks: dict[str, Any]) -> Iterator[list[dict[str, Any]]]:
+    """A control server in a thread; gives the list of the move requests that it got."""
+    moves: list[dict[str, Any]] = []
+
+    async def tell_status(_fields: dict[str, Any]) -> dict[str, Any]:
+        return status
+
+    async def tell_locks(_fields: dict[str, Any]) -> dict[str, Any]:
+        return locks
+
+    async def move(fields: dict[str, Any]) -> dict[str, Any]:
+        moves.append(fields)
+        return {"home": fields["node"], "epoch": 8}
+
+    started = threading.Event()
+    stop: list[Any] = []
+
+    async def serve() -> None:
+        end = asyncio.Event()
+        stop.extend([asyncio.get_running_loop(), end])
+        server = ControlServer(path, {"status": tell_status, "locks": tell_locks, "home-move": move})
+        await server.start()
+        started.set()
+        await end.wait()
+        await server.close()
+
+    path.parent.mkdir(parents=True)
+    thread = threading.Thread(target=lambda: asyncio.run(serve()))
+    thread.start()
+    assert started.wait(10)
+    try:
+        yield moves
+    finally:
+        stop[0].call_soon_threadsafe(stop[1].set)
+        thread.join()
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MXFS_RUN_ROOT", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def moves(root: Path) -> Iterator[list[dict[str, Any]]]:
+    with daemon(root / UUID / "control.sock", STATUS, LOCKS) as asked:
+        yield asked
+
+
+def test_status_as_text(moves: object, capsys: pytest.CaptureFixture[str]) -> None:
+    assert mxfs.main(["status"]) == 0
+    assert capsys.readouterr().out == (
+        f"volume {UUID} (data): /dev/sdb at /mnt/shared\n"
+        "  this node alpha (slot 1), home alpha, epoch 7, serving, fencing by lease\n"
+        "  locks: 5 held, 4 cached, 1 waiting; 9 BASTs\n"
+        "  operations: 3 shipped, 2 executed; 2.0 KiB read, 17 B written\n"
+        "  slot  node   state   role  incarnation  last beat  address\n"
+        "     1  alpha  active  home            3  120 ms     a:1\n"
+        "     2  beta   failed                  1  15.3 s\n"
+    )
+
+
+@pytest.mark.parametrize("wanted", [UUID, "data", "/dev/sdb", "/mnt/shared", "/mnt/../mnt/shared/"])
+def test_status_as_json_of_the_volume_asked_for(moves: object, wanted: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert mxfs.main(["status", "--json", wanted]) == 0
+    assert json.loads(capsys.readouterr().out) == [STATUS]
+
+
+def test_a_volume_that_is_not_here(moves: object, capsys: pytest.CaptureFixture[str]) -> None:
+    assert mxfs.main(["status", "nosuch"]) == 1
+    assert capsys.readouterr().err == (
+        f"mxfs: nosuch: no such volume is mounted here; there are {UUID} at /mnt/shared\n"
+    )
+
+
+def test_locks(moves: object, capsys: pytest.CaptureFixture[str]) -> None:
+    assert mxfs.main(["locks"]) == 0
+    assert capsys.readouterr().out == (
+        f"volume {UUID} at /mnt/shared, home alpha\n"
+        "  inode  holders                             waiters         open (readers, writers)\n"
+        "    131  alpha PR 900 ms, beta EX (op) 2 ms  beta PW 31.0 s  beta 1r 2w\n"
+    )
+    assert mxfs.main(["locks", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["resources"] == LOCKS["resources"]
+
+
+def test_home_move(moves: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
+    assert mxfs.main(["home", "move", "beta"]) == 0
+    assert moves == [{"cmd": "home-move", "node": "beta"}]
+    assert capsys.readouterr().out == f"{UUID}: home beta, epoch 8\n"
+
+
+def test_home_move_with_several_volumes_wants_one_named(
+    root: Path, moves: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    second = {**STATUS, "volume": "another", "mountpoint": "/mnt/b", "label": "", "device": "/dev/sdc"}
+    with daemon(root / "another" / "control.sock", second, LOCKS) as more:
+        assert mxfs.main(["home", "move", "beta"]) == 1
+        assert "say --volume" in capsys.readouterr().err
+        assert mxfs.main(["home", "move", "beta", "--volume", "/mnt/b"]) == 0
+        assert mxfs.main(["status", "--json"]) == 0
+    assert (len(moves), len(more)) == (0, 1)
+
+
+def test_no_daemon(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert mxfs.main(["status"]) == 1
+    said = capsys.readouterr().err
+    assert "no volume is mounted here" in said
+    assert str(root) in said
+    assert mxfs.main(["status", "--run-dir", "/nonexistent"]) == 1
+    assert "/nonexistent" in capsys.readouterr().err
+
+
+def test_version_and_unknown_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert mxfs.main(["version"]) == 0
+    assert capsys.readouterr().out.startswith("mxfs ")
+    with pytest.raises(SystemExit) as caught:
+        mxfs.main(["dance"])
+    assert caught.value.code == 2
+
+
+def test_what_only_the_home_knows_says_so() -> None:
+    assert "run mxfs locks there" in locks_text({"volume": "v", "mountpoint": "/m", "home": "beta", "here": False})
+    assert "counted at the home: mxfs status on beta" in status_text({**STATUS, "home": "beta", "locks": {}, "ops": {}})
+    assert locks_text({"volume": "v", "mountpoint": "/m", "home": "", "resources": []}).endswith("but the home's own")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, "?"), (0, "0 ms"), (999, "999 ms"), (1000, "1.0 s"), (100_000, "1 min"), (6_000_000, "1 h")],
+)
+def test_ages(value: int | None, text: str) -> None:
+    assert age(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (5 << 30, "5.0 GiB"), (1 << 60, "1048576.0 TiB")],
+)
+def test_sizes(value: int, text: str) -> None:
+    assert size(value) == text
+
+
+def test_a_table_without_rows_is_its_head() -> None:
+    assert table(["a", "b"], []) == "  a  b"
+
+
+@pytest.mark.needs("root")
+def test_install_and_uninstall_below_another_root(tmp_path: Path) -> None:
+    made = install.install(tmp_path)
+    assert len(made) == 4
+    helper = tmp_path / "sbin" / "mount.mxfs"
+    assert helper.is_symlink()
+    assert helper.resolve().name == "mount.mxfs"
+    assert (tmp_path / "etc/systemd/system/mxfsd@.service").read_text() == install.unit_source().read_text()
+    assert install.install(tmp_path) == made  # again, over its own
+    assert len(install.uninstall(tmp_path)) == 4
+    assert [path for path in tmp_path.rglob("*") if not path.is_dir()] == []
+    assert install.uninstall(tmp_path) == []
+
+
+@pytest.mark.needs("root")
+def test_install_replaces_nothing_that_is_not_ours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "sbin").mkdir()
+    (tmp_path / "sbin" / "mount.mxfs").write_text("somebody's")
+    assert mxfs.main(["install", "--root", str(tmp_path)]) == 1
+    assert "is no link of ours" in capsys.readouterr().err
+    assert (tmp_path / "sbin" / "mount.mxfs").read_text() == "somebody's"
+    install.uninstall(tmp_path)
+    assert (tmp_path / "sbin" / "mount.mxfs").exists()
