@@ -14,6 +14,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, ParamSpec, TypeVar, cast
 
 import pyfuse3
+import structlog
 from pyfuse3 import EntryAttributes, FileHandleT, FileInfo, FUSEError, InodeT, RequestContext, SetattrFields
 
 from mxfs_fuse.fileio import FileIO
@@ -23,6 +24,8 @@ from mxfs_fuse.state import State
 from mxfs_proto.errors import MxfsError
 from mxfs_proto.ops import NO_FID, Attr, Entry, Fid, Grant, Op, Valid, unpack_entries
 from mxfsd.io.lower import Lower
+
+log = structlog.get_logger(__name__)
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -38,8 +41,14 @@ def _errno_boundary(operation: Callable[_P, Coroutine[Any, Any, _T]]) -> Callabl
     async def guarded(*args: _P.args, **kwargs: _P.kwargs) -> _T:
         try:
             return await operation(*args, **kwargs)
+        except FUSEError:
+            raise
         except (OSError, MxfsError) as exc:
             raise FUSEError(exc.errno or errno.EIO) from None
+        except Exception:
+            # pyfuse3 would drop the request and its application would hang: a fault of ours is an error of that one.
+            log.exception("an operation failed", operation=operation.__name__)
+            raise FUSEError(errno.EIO) from None
 
     return guarded
 

@@ -111,11 +111,20 @@ class Lower:
     # -- descriptors ---------------------------------------------------------------------------------------------
 
     def dir_fd(self, fid: Fid) -> int:
-        """Return a descriptor of the directory; it stays in the cache, the caller does not close it."""
+        """Return a descriptor of the directory; it stays in the cache, the caller does not close it.
+
+        ENOENT where it was removed, as for a directory that is removed while a process stands in it.
+        """
         fd = self._dirs.get(fid)
         if fd is not None:
             return fd
-        return self._dirs.put(fid, libc.open_by_handle(self.mount_fd, fid[0], fid[1], os.O_RDONLY | os.O_DIRECTORY))
+        try:
+            fd = libc.open_by_handle(self.mount_fd, fid[0], fid[1], os.O_RDONLY | os.O_DIRECTORY)
+        except OSError as exc:
+            if exc.errno != errno.ESTALE:
+                raise
+            raise FileNotFoundError(errno.ENOENT, "the directory was removed") from None
+        return self._dirs.put(fid, fd)
 
     def file_fd(self, fid: Fid) -> int:
         """Return a read-write descriptor of a regular file (read-only on a read-only mount), cached likewise."""
@@ -414,14 +423,14 @@ class Lower:
         try:
             fd = libc.open_by_handle(self.mount_fd, fid[0], fid[1], os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError as exc:
-            if exc.errno not in (errno.ESTALE, errno.ENOENT, errno.ELOOP, errno.ENXIO, errno.ENODEV):
+            if exc.errno not in (errno.ESTALE, errno.ENOENT, errno.ELOOP, errno.ENXIO, errno.EACCES):
                 raise
             self.syncfs()
             return
         try:
             os.fsync(fd)
         except OSError as exc:
-            if exc.errno != errno.EINVAL:  # a FIFO or device opens, and cannot be synced
+            if exc.errno != errno.EINVAL:  # a FIFO opens, and cannot be synced
                 raise
             self.syncfs()
         finally:
