@@ -1,12 +1,22 @@
 """What a node does while another one is the home: one TLS connection to it, kept up, and followed when it moves."""
 
 import asyncio
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
 from mxfs_proto.errors import IoFailure, MxfsError, PeerError
-from mxfs_proto.frames import Frame, FrameType, pack_json, pack_lock, unpack_json, unpack_lock
+from mxfs_proto.frames import (
+    Frame,
+    FrameType,
+    pack_json,
+    pack_lease,
+    pack_lock,
+    unpack_json,
+    unpack_lease_ack,
+    unpack_lock,
+)
 from mxfs_proto.ondisk import LeaseState
 from mxfs_proto.ops import Fid
 from mxfs_proto.records import LockRecord
@@ -21,6 +31,8 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 _RETRY_S = 0.05
+_LEASES_ASKED = 64
+"""Stamps of lease requests that are remembered; an answer to an older one would give a lease that has ended."""
 
 
 class ClientRole:
@@ -33,6 +45,8 @@ class ClientRole:
         self._closed = False
         self._following = False
         self._moved_to: dict[str, Any] | None = None
+        self._asked_ms: deque[int] = deque(maxlen=_LEASES_ASKED)  # on this connection
+        self._renewal: asyncio.TimerHandle | None = None
 
     def close(self) -> None:
         """End the connection for good."""
@@ -84,6 +98,7 @@ class ClientRole:
         daemon = self._daemon
         self._welcomed = asyncio.get_running_loop().create_future()
         self._conn = conn
+        self._asked_ms.clear()
         hello = {"name": daemon.name, "slot": daemon.slot, "timeouts": daemon.options.timeouts}
         conn.send(FrameType.HELLO, pack_json(hello))
         self._renew()
@@ -176,8 +191,7 @@ class ClientRole:
             if frame.epoch == daemon.epoch:
                 daemon.fuse.record(unpack_lock(frame.payload))
         elif frame.type is FrameType.LEASE_ACK:
-            daemon.client_lease_until_ms = frame.seq + daemon.timeouts.lease_ms
-            daemon._tell_lease()
+            self._leased(*unpack_lease_ack(frame.payload))
         elif frame.type is FrameType.WELCOME:
             if self._welcomed is not None and not self._welcomed.done():
                 self._welcomed.set_result(unpack_json(frame.payload))
@@ -231,10 +245,24 @@ class ClientRole:
 
     def _renew(self) -> None:
         """Ask for another lease: it counts from now, whenever the answer comes."""
+        if self._renewal is not None:
+            self._renewal.cancel()
         if self._conn is None or self._conn.closed or self._closed:
             return
-        self._conn.send(FrameType.LEASE, b"", epoch=self._daemon.epoch, seq=now_ms())
-        asyncio.get_running_loop().call_later(self._daemon.timeouts.renewal_ms / 2000, self._renew)
+        stamp_ms = now_ms()
+        self._asked_ms.append(stamp_ms)
+        self._conn.send(FrameType.LEASE, pack_lease(stamp_ms), epoch=self._daemon.epoch)
+        delay_s = self._daemon.timeouts.renewal_ms / 2000
+        self._renewal = asyncio.get_running_loop().call_later(delay_s, self._renew)
+
+    def _leased(self, lease_ms: int, stamp_ms: int) -> None:
+        """The home has given the lease that we asked for at *stamp_ms*."""
+        daemon = self._daemon
+        if stamp_ms not in self._asked_ms or lease_ms > daemon.timeouts.lease_ms:
+            log.warning("a lease that we did not ask for", lease_ms=lease_ms, stamp_ms=stamp_ms)
+            return
+        daemon.client_lease_until_ms = max(daemon.client_lease_until_ms, stamp_ms + lease_ms)
+        daemon._tell_lease()
 
     def send_lock(self, record: LockRecord) -> None:
         """Pass a lock message of our FUSE layer on; without a home it is dropped (reclaims make up for it)."""

@@ -18,7 +18,17 @@ from typing import Any
 import structlog
 
 from mxfs_proto.errors import IoFailure, MisuseError, MxfsError, PeerError
-from mxfs_proto.frames import Frame, FrameType, pack_json, pack_lock, unpack_json, unpack_lock
+from mxfs_proto.frames import (
+    Frame,
+    FrameType,
+    LeaseAck,
+    pack_json,
+    pack_lease_ack,
+    pack_lock,
+    unpack_json,
+    unpack_lease,
+    unpack_lock,
+)
 from mxfs_proto.ondisk import Address, LeaseState, SlotState
 from mxfs_proto.ops import Fid
 from mxfs_proto.records import LockRecord, NodeState, NodeStatus, Record
@@ -482,8 +492,7 @@ class Daemon:
             if self.serving or self._moving.locked():
                 home.on_lock(slot, unpack_lock(frame.payload))
         elif frame.type is FrameType.LEASE:
-            self.last_heard_ms[slot] = now_ms()
-            conn.send(FrameType.LEASE_ACK, b"", epoch=self.epoch, seq=frame.seq)
+            self._lease(conn, unpack_lease(frame.payload))
         elif frame.type is FrameType.RECLAIM:
             home.reclaim(slot, frame)
         elif frame.type is FrameType.RECLAIM_DONE:
@@ -519,6 +528,13 @@ class Daemon:
         welcome = {"epoch": self.epoch, "home": self.slot, "root": list(self.root)}
         conn.send(FrameType.WELCOME, pack_json(welcome), epoch=self.epoch)
         log.info("peer joined", peer=slot, name=fields.get("name"), incarnation=conn.identity.incarnation)
+
+    def _lease(self, conn: PeerConnection, stamp_ms: int) -> None:
+        """A node asks for its lease. A home that may have lost its own has none to give."""
+        self.last_heard_ms[conn.identity.slot] = now_ms()
+        if self._may_act_as_home():
+            ack = LeaseAck(self.timeouts.lease_ms, stamp_ms)
+            conn.send(FrameType.LEASE_ACK, pack_lease_ack(ack), epoch=self.epoch)
 
     def _may_act_as_home(self) -> bool:
         report = self.heartbeat.report if self.heartbeat is not None else None

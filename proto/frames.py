@@ -374,40 +374,31 @@ def unpack_reclaim(payload: Buffer) -> list[ReclaimEntry]:
         raise PeerError("a reclaim entry has an unknown mode") from None
 
 
-class Lease(NamedTuple):
-    """LEASE: the home says that our locks hold for *lease_ms* from the moment of *echo_ms*, on our own clock.
+class LeaseAck(NamedTuple):
+    """LEASE_ACK: what the node caches may be used until *lease_ms* after *stamp_ms*, on the node's own clock.
 
-    *echo_ms* is the newest `stamp_ms` that the home has had from us; 0: none yet, so no lease. Counting from our own
-    stamp makes the lease end no later than the home thinks, however long the frame was on its way: the home grants
-    what conflicts only when *lease_ms* have passed since it last *sent* an echo. *number* counts the LEASE frames.
+    *stamp_ms* is that of the LEASE frame which this answers, its time of sending. The home counts the same *lease_ms*
+    from when it received that frame, which is later, so the lease ends on the node before the home thinks that it has.
     """
 
     lease_ms: int
-    number: int
-    echo_ms: int
-
-
-class LeaseAck(NamedTuple):
-    """LEASE_ACK: the node has got LEASE *number*; *stamp_ms* is its monotonic clock as it sends this."""
-
-    number: int
     stamp_ms: int
 
 
-_LEASE = struct.Struct("!IQQ")
-_LEASE_ACK = struct.Struct("!QQ")
+_LEASE = struct.Struct("!Q")
+_LEASE_ACK = struct.Struct("!IQ")
 
 
-def pack_lease(lease: Lease) -> bytes:
-    """Return the payload of a LEASE frame."""
-    return _LEASE.pack(*lease)
+def pack_lease(stamp_ms: int) -> bytes:
+    """Return the payload of a LEASE frame, by which a node asks for a lease; *stamp_ms*: its monotonic clock now."""
+    return _LEASE.pack(stamp_ms)
 
 
-def unpack_lease(payload: Buffer) -> Lease:
-    """Return the values of a LEASE frame. Raises PeerError (EPROTO)."""
+def unpack_lease(payload: Buffer) -> int:
+    """Return the stamp (ms) of a LEASE frame. Raises PeerError (EPROTO)."""
     if len(payload) != _LEASE.size:
         raise PeerError(f"a LEASE frame of {len(payload)} bytes")
-    return Lease(*_LEASE.unpack(payload))
+    return int(_LEASE.unpack(payload)[0])
 
 
 def pack_lease_ack(ack: LeaseAck) -> bytes:
