@@ -65,6 +65,12 @@ class OperationLink:
         self, op: Op, uid: int, gid: int, values: Sequence[Any], want_lock: bool = False
     ) -> tuple[list[Grant], list[Any]]:
         """Run *op* at the home; return (locks that came with the reply, reply values). Raises OSError."""
+        return await self.start(op, uid, gid, values, want_lock)
+
+    def start(
+        self, op: Op, uid: int, gid: int, values: Sequence[Any], want_lock: bool = False
+    ) -> asyncio.Future[tuple[list[Grant], list[Any]]]:
+        """Send *op* and return the future of what ``ship`` returns. Operations reach the home in the order of sending."""
         self._seq += 1
         seq = self._seq
         ack = next(iter(self._pending), seq) - 1  # insertion order is sequence order
@@ -73,16 +79,17 @@ class OperationLink:
         self._pending[seq] = _Pending(op, parts, future)
         self.shipped += 1
         self._send(seq, parts)
-        return await future
+        return future
 
     def on_reply(self, frame: Frame) -> None:
         """Take an OP_REPLY; one of an earlier epoch was lost on purpose (its operation was sent again)."""
         if frame.epoch != self.epoch or frame.session != self.session:
             return
-        pending = self._pending.pop(frame.seq, None)
+        pending = self._pending.get(frame.seq)
         if pending is None:
             return
         code, grants, values = unpack_reply(pending.op, frame.payload)
+        del self._pending[frame.seq]
         if grants:
             self._on_grants(grants)
         if pending.future.done():

@@ -131,6 +131,13 @@ class LockClient:
             self.run(self.cache.on_grant(now, record.req_id, record.ino, record.mode, record.seq, record.flags))
         elif isinstance(record, LockBast):
             self.basts += 1
+            node = self._nodes.get(record.ino)
+            if node is not None and node.behind and self.cache.data_mode(record.ino) == LockMode.NL:
+                # Dropped with the lease, but answered writes are still on their way to the home: they come first.
+                task = asyncio.get_running_loop().create_task(self._bast_after(node, record))
+                self._tasks.add(task)
+                task.add_done_callback(self._revoked)
+                return
             self.run(self.cache.on_bast(now, record.ino, record.seq, record.mode, record.flags))
         elif isinstance(record, LockDeny):
             self.run(self.cache.on_deny(now, record.req_id, record.ino, record.errno))
@@ -155,6 +162,10 @@ class LockClient:
 
     # -- invalidation ----------------------------------------------------------------------------------------------
 
+    async def _bast_after(self, node: Node, record: LockBast) -> None:
+        await node.settle()
+        self.run(self.cache.on_bast(now_ms(), record.ino, record.seq, record.mode, record.flags))
+
     def _start_invalidation(self, effect: Invalidate) -> None:
         task = asyncio.get_running_loop().create_task(self._revoke(effect.ino, effect.target))
         self._tasks.add(task)
@@ -170,6 +181,8 @@ class LockClient:
         """Make the kernel drop what *target* does not cover, make local changes durable, then release."""
         node = self._nodes.get(ino)
         keeps = covers(target, LockMode.PR)
+        if node is not None and node.behind:
+            await node.settle()
         if not keeps:
             self._on_released(ino)
         if node is not None and not keeps:
@@ -197,17 +210,18 @@ class LockClient:
         ino = node.fid.ino
         revocation = node.revocation = Revocation(self.cache.data_mode(ino))
         while True:
-            revocation.again = False
             while node.serving:
                 await asyncio.sleep(0)
-            revocation.serve = False
+            revocation.again = False
             gaps = _gaps(node.in_flight)
             work = asyncio.ensure_future(self._in_thread(self._invalidate_ranges, ino, gaps))
             while not (await asyncio.wait((work,), timeout=_STUCK_S))[0]:
                 revocation.serve = True
                 revocation.wake()
             work.result()
-            if not revocation.again:
+            # From here to the release none may begin; one still on its way to its answer needs another pass too.
+            revocation.serve = False
+            if not revocation.again and not node.serving:
                 break
         if not node.in_flight and not node.opens_r and not node.opens_w:
             node.may_have_pages = False

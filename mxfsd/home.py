@@ -219,20 +219,29 @@ class HomeService:
         task = asyncio.current_task()
         assert task is not None
         self._running[task] = context
+        code = 0
+        values: list[Any] = []
         try:
             try:
                 values = await self._handlers[request.op](context, *request.values)
+            except OSError as exc:
+                code = exc.errno or errno.EIO
+            except (ValueError, OverflowError):  # a number or a string that no system call takes
+                code = errno.EINVAL
             finally:
                 context.unlock()
+            # An error tells of what was seen too: that a name is there, or is gone.
             await self.forcer.wait(self.forcer.ticket(context.seen))
         except OSError as exc:
-            return Outcome(request.op, exc.errno or errno.EIO, context.grants, [])
+            code = exc.errno or errno.EIO
         except asyncio.CancelledError:
             if self.frozen and not context.executed:
                 raise Frozen from None
             raise
         finally:
             del self._running[task]
+        if code:
+            return Outcome(request.op, code, context.grants, [])
         self.executed += 1
         return Outcome(request.op, 0, context.grants, values)
 
@@ -289,6 +298,12 @@ class HomeService:
         if future is not None and not future.done():
             future.set_result((mode, seq))
 
+    def internal_denied(self, req_id: int, code: int) -> None:
+        """A request with INTERNAL_REQ set ended without a lock: its node is gone."""
+        future = self._req_waits.get(req_id)
+        if future is not None and not future.done():
+            future.set_exception(OSError(code, os.strerror(code)))
+
     async def _cached_lock(self, context: _Context, ino: int, mode: LockMode) -> bool:
         """Get the node a cached lock to send with the reply; False where a holder keeps what conflicts."""
         self._op_ids += 1
@@ -317,12 +332,13 @@ class HomeService:
 
     async def commit_before(self, ino: int, node: int) -> None:
         """Commit another node's unstable data of the inode, before *node* sees or changes it."""
-        entry = self._unstable.get(ino)
-        if entry is None or entry.writer == node:
-            return
-        await asyncio.get_running_loop().run_in_executor(None, self.lower.sync, entry.fid)
-        if self._unstable.get(ino) == entry:
-            del self._unstable[ino]
+        while True:  # a third node may have written while the commit ran
+            entry = self._unstable.get(ino)
+            if entry is None or entry.writer == node:
+                return
+            await asyncio.get_running_loop().run_in_executor(None, self.lower.sync, entry.fid)
+            if self._unstable.get(ino) == entry:
+                del self._unstable[ino]
 
     def _note_unstable(self, fid: Fid, node: int) -> None:
         self._serial += 1
@@ -367,9 +383,12 @@ class HomeService:
         return None
 
     def reap_if_closed(self, ino: int) -> None:
-        """Free an orphan once no node has it open (called when a node reported that it closed its last descriptor)."""
+        """Free an orphan once no node has it open (called when a node reported that it closed its last descriptor).
+
+        Not in the grace period: nodes that have it open may not have said so yet.
+        """
         fid = self._orphans.get(ino)
-        if fid is not None and not self.frozen:
+        if fid is not None and not self.frozen and self.master.serving:
             task = asyncio.get_running_loop().create_task(self.execute(0, Request(Op.REAP, 0, 0, 0, 0, [*fid])))
             task.add_done_callback(lambda done: done.cancelled() or done.exception())
 
@@ -560,7 +579,8 @@ class HomeService:
         return [0, attr]
 
     async def _read(self, c: _Context, ino: int, gen: int, offset: int, size: int) -> list[Any]:
-        if not self.held_by(c.node, ino, LockMode.PR):
+        # A lock that the node is about to be told of covers nothing before the commit that its grant waits for.
+        if not self.held_by(c.node, ino, LockMode.PR) or self.must_commit(ino, c.node):
             await c.lock((ino, LockMode.CR))
             await self.commit_before(ino, c.node)
         c.seen.append(ino)
@@ -569,7 +589,7 @@ class HomeService:
         return [data]
 
     async def _write(self, c: _Context, ino: int, gen: int, offset: int, flags: int, data: bytes) -> list[Any]:
-        if not self.held_by(c.node, ino, LockMode.PW):
+        if not self.held_by(c.node, ino, LockMode.PW) or self.must_commit(ino, c.node):
             await c.lock((ino, LockMode.CW))
             await self.commit_before(ino, c.node)
         c.executed = True
@@ -648,8 +668,26 @@ class HomeService:
         return []
 
 
+_NAMES = {
+    Op.LOOKUP: (2,),
+    Op.MKNOD: (2,),
+    Op.MKDIR: (2,),
+    Op.SYMLINK: (2,),
+    Op.LINK: (4,),
+    Op.UNLINK: (2,),
+    Op.RMDIR: (2,),
+    Op.RENAME: (2, 5),
+    Op.CREATE: (2,),
+}
+"""Which values of a request are names in a directory."""
+
+
 def check_request(request: Request) -> None:
-    """Refuse what no client of ours sends: names with a slash or none, data beyond the cap."""
+    """Refuse what no client of ours sends: names that lead out of their directory or are none, data beyond the cap."""
     for value in request.values:
         if isinstance(value, bytes) and len(value) > MAX_DATA:
             raise PeerError(f"operation {request.op.name} carries {len(value)} bytes, more than {MAX_DATA}")
+    for index in _NAMES.get(request.op, ()):
+        name = request.values[index]
+        if name in (b"", b".", b"..") or b"/" in name or b"\0" in name:
+            raise PeerError(f"operation {request.op.name} has {name[:64]!r} for a name")

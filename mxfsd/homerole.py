@@ -134,7 +134,9 @@ class HomeRole:
             elif isinstance(effect, Bast):
                 self._to_node(effect.node, effect.ino, LockBast(effect.ino, effect.seq, effect.mode, effect.flags))
             elif isinstance(effect, Deny):
-                if not effect.req_id & INTERNAL_REQ:
+                if effect.req_id & INTERNAL_REQ:
+                    self.service.internal_denied(effect.req_id, effect.errno)
+                else:
                     self._to_node(effect.node, effect.ino, LockDeny(effect.req_id, effect.ino, effect.errno))
             elif isinstance(effect, OpDenied):
                 self.service.op_denied(effect.op_id, effect.ino, effect.errno)
@@ -193,6 +195,11 @@ class HomeRole:
             seq = self.master.seq_of(node, ino)
             if seq:
                 self.run(self.master.release(now, node, ino, seq, LockMode.NL, (0, 0)))
+            elif node in self.master.opens_of(ino):
+                self.run(self.master.opens_update(now, node, ino, (0, 0)))
+            else:
+                continue
+            self.service.reap_if_closed(ino)
 
     def greet(self, node: int, incarnation: int) -> None:
         """A node connected. An earlier incarnation of it is gone, with all it held."""

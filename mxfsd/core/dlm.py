@@ -347,6 +347,11 @@ class LockMaster:
         """Return the number of records."""
         return len(self._records)
 
+    @property
+    def serving(self) -> bool:
+        """Whether what is held and open is known of all nodes: not before, and not in, the grace period."""
+        return self._served and not self._grace
+
     def opens_of(self, ino: int) -> dict[int, Opens]:
         """Return the registered (readers, writers) counts of each node that has any."""
         rec = self._records.get(ino)

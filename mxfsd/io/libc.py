@@ -18,6 +18,7 @@ _SYS_FSMOUNT = 432
 
 _FSOPEN_CLOEXEC = 1
 _FSMOUNT_CLOEXEC = 1
+_MOUNT_ATTR_NODEV = 4
 _FSCONFIG_SET_FLAG = 0
 _FSCONFIG_SET_STRING = 1
 _FSCONFIG_CMD_CREATE = 6
@@ -56,8 +57,8 @@ def mount_detached(source: str, readonly: bool, *, exclusive: bool = True) -> in
     """Mount the XFS on *source* in no namespace; return the mount's descriptor (a directory, not O_PATH).
 
     *exclusive*: never share the superblock of a mount that this kernel has already. The kernel unmounts when the last
-    descriptor into the mount closes. Raises OSError (EBUSY: this kernel has the
-    device or its uuid mounted already; EUCLEAN: XFS refuses the image).
+    descriptor into the mount closes. Device files do not open (EACCES): they would be devices of this host.
+    Raises OSError (EBUSY: this kernel has the device or its uuid mounted already; EUCLEAN: XFS refuses the image).
     """
     ctx = _check(_libc.syscall(_SYS_FSOPEN, b"xfs", _FSOPEN_CLOEXEC), "fsopen")
     try:
@@ -73,7 +74,7 @@ def mount_detached(source: str, readonly: bool, *, exclusive: bool = True) -> in
         if result < 0:
             code = ctypes.get_errno()
             raise OSError(code, f"mounting XFS on {source}: {os.strerror(code)} {_fs_messages(ctx)}".rstrip())
-        mnt = _check(_libc.syscall(_SYS_FSMOUNT, ctx, _FSMOUNT_CLOEXEC, 0), "fsmount")
+        mnt = _check(_libc.syscall(_SYS_FSMOUNT, ctx, _FSMOUNT_CLOEXEC, _MOUNT_ATTR_NODEV), "fsmount")
     finally:
         os.close(ctx)
     try:  # fsmount's descriptor is O_PATH; open_by_handle_at wants a real one
