@@ -44,15 +44,20 @@ class Node:
     __slots__ = (
         "attr",
         "attr_seq",
+        "behind",
+        "behind_error",
         "cached_writers",
         "changes",
         "confirmed",
         "fid",
         "in_flight",
         "may_have_pages",
+        "misses",
         "names",
         "names_seq",
+        "names_whole",
         "nlookup",
+        "no_capability_seq",
         "opens_r",
         "opens_w",
         "privileged",
@@ -60,6 +65,7 @@ class Node:
         "removing",
         "revocation",
         "serving",
+        "settled",
     )
 
     def __init__(self, fid: Fid) -> None:
@@ -73,6 +79,17 @@ class Node:
         """Grant sequence of the PR (or stronger) lock that ``attr`` was read under."""
         self.names: Names | None = None
         self.names_seq = -1
+        self.names_whole = False
+        """``names`` has every entry: a name that is not in it does not exist."""
+        self.misses = 0
+        """Lookups in this directory that went to the home under the present lock."""
+        self.no_capability_seq = -1
+        """Grant sequence of the lock under which security.capability was seen not to be set."""
+        self.behind = 0
+        """WRITEs answered to the application that the home has not confirmed yet (only under EX)."""
+        self.behind_error = 0
+        """errno of one that failed, for the next write, fsync or close."""
+        self.settled: asyncio.Event | None = None
         self.opens_r = 0
         self.opens_w = 0
         self.cached_writers = 0
@@ -101,6 +118,16 @@ class Node:
         """Drop what was read under a lock that is no longer held."""
         self.attr = None
         self.names = None
+        self.names_whole = False
+        self.misses = 0
+        self.no_capability_seq = -1
+
+    async def settle(self) -> None:
+        """Wait until the home has confirmed every WRITE."""
+        while self.behind:
+            if self.settled is None:
+                self.settled = asyncio.Event()
+            await self.settled.wait()
 
 
 class Handle:
@@ -124,10 +151,12 @@ class Handle:
 class DirHandle:
     """An open directory: the listing that its current pass goes through."""
 
-    __slots__ = ("entries", "losses", "node")
+    __slots__ = ("attr", "entries", "losses", "node")
 
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: Node, attr: Attr) -> None:
         self.node = node
+        self.attr = attr
+        """Its attributes when it was opened: what is left to say of it once another node removed it."""
         self.entries: Sequence[tuple[bytes, Attr | None]] | None = None
         self.losses = 0
         """``State.losses`` when the listing was taken."""

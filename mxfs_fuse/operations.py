@@ -32,6 +32,8 @@ _T = TypeVar("_T")
 _ANYBODY = 0
 _PRIVILEGED = stat.S_ISUID | stat.S_ISGID
 _PAGE_OF_ENTRIES = 2048
+_LEARN_AFTER = 16
+_CAPABILITY = b"security.capability"
 
 
 def _errno_boundary(operation: Callable[_P, Coroutine[Any, Any, _T]]) -> Callable[_P, Coroutine[Any, Any, _T]]:
@@ -127,8 +129,12 @@ class Operations(pyfuse3.Operations):
                     return self._absent(state.entry_ttl(state.ttl(), ino))
                 if state.may_read(attr.ino):
                     return self._looked_up(attr, parent)
-            elif parent.names is not None and parent.names_seq == state.locks.seq(ino) and name in parent.names:
-                fid = parent.names[name]
+            elif (
+                parent.names is not None
+                and parent.names_seq == state.locks.seq(ino)
+                and (parent.names_whole or name in parent.names)
+            ):
+                fid = parent.names.get(name)
                 if fid is None:
                     return self._absent(state.entry_ttl(state.ttl(), ino))
                 node = state.nodes.get(fid.ino)
@@ -138,6 +144,9 @@ class Operations(pyfuse3.Operations):
 
     async def _ship_lookup(self, parent: Node, name: bytes) -> EntryAttributes:
         state = self.state
+        parent.misses += 1
+        if parent.misses == _LEARN_AFTER and state.lower is None:
+            await self._fetch_names(parent)  # so many names were asked for: know them all, and those that are not there
         changes, all_changes = parent.changes, state.changes
         try:
             grants, (attr,) = await state.link.ship(Op.LOOKUP, _ANYBODY, _ANYBODY, (*parent.fid, name), want_lock=True)
@@ -165,6 +174,7 @@ class Operations(pyfuse3.Operations):
             if parent.names is None or parent.names_seq != seq:
                 parent.names = {}
                 parent.names_seq = seq
+                parent.names_whole = False
             parent.names[name] = fid
 
     @_errno_boundary
@@ -174,8 +184,20 @@ class Operations(pyfuse3.Operations):
         node.confirmed = True
         if state.gate is not None:
             await state.pass_gate()
-        attr, held = await self._attr(node)
+        try:
+            attr, held = await self._attr(node)
+        except OSError as exc:
+            if exc.errno != errno.ESTALE:
+                raise
+            attr, held = self._removed_dir(node), False
         return self._entry(attr, state.ttl() if held else 0.0, 0.0)
+
+    def _removed_dir(self, node: Node) -> Attr:
+        """Attributes of a directory that another node removed while it is open here; ESTALE where it is not open."""
+        for handle in self._dirs.values():
+            if handle.node is node:
+                return handle.attr._replace(nlink=0)
+        raise OSError(errno.ESTALE, "removed")
 
     async def _attr(self, node: Node) -> tuple[Attr, bool]:
         """Attributes, and whether a lock is held that lets the kernel keep them."""
@@ -306,7 +328,9 @@ class Operations(pyfuse3.Operations):
             state.changed(node.fid.ino)
             return
         self.state.own_change(node)
+        node.no_capability_seq = -1
         await state.link.ship(Op.SETXATTR, _ANYBODY, _ANYBODY, (*node.fid, name, value, 0))
+        node.no_capability_seq = -1
         self.state.own_change(node)
 
     @_errno_boundary
@@ -317,7 +341,25 @@ class Operations(pyfuse3.Operations):
             await state.pass_gate()
         if state.lower is not None and state.may_read(node.fid.ino):
             return state.lower.getxattr(node.fid, name)
-        _, (value,) = await state.link.ship(Op.GETXATTR, _ANYBODY, _ANYBODY, (*node.fid, name))
+        if name != _CAPABILITY:
+            _, (value,) = await state.link.ship(Op.GETXATTR, _ANYBODY, _ANYBODY, (*node.fid, name))
+            return cast(bytes, value)
+        return await self._capability(node)
+
+    async def _capability(self, node: Node) -> bytes:
+        """The kernel asks for security.capability before each write that it caches: remember that there is none."""
+        state = self.state
+        ino = node.fid.ino
+        seq = state.locks.seq(ino)
+        held = state.may_read(ino)
+        if held and node.no_capability_seq == seq:
+            raise OSError(errno.ENODATA, "not set")
+        try:
+            _, (value,) = await state.link.ship(Op.GETXATTR, _ANYBODY, _ANYBODY, (*node.fid, _CAPABILITY))
+        except OSError as exc:
+            if exc.errno == errno.ENODATA and held and seq == state.locks.seq(ino):
+                node.no_capability_seq = seq
+            raise
         return cast(bytes, value)
 
     @_errno_boundary
@@ -366,8 +408,14 @@ class Operations(pyfuse3.Operations):
     async def _ship_make(
         self, parent: Node, name: bytes, ctx: RequestContext, op: Op, values: tuple[Any, ...]
     ) -> EntryAttributes:
-        grants, (attr,) = await self.state.link.ship(op, ctx.uid, ctx.gid, (*parent.fid, name, *values), want_lock=True)
-        return self._shipped_new(parent, name, attr, grants)
+        state = self.state
+        state.own_change(parent)
+        grants, (attr,) = await state.link.ship(op, ctx.uid, ctx.gid, (*parent.fid, name, *values), want_lock=True)
+        reply = self._shipped_new(parent, name, attr, grants)
+        if op is Op.MKDIR and state.granted(grants, attr.ino) and state.may_read(attr.ino):
+            made = state.known(Fid(attr.ino, attr.gen))
+            made.names, made.names_seq, made.names_whole = {}, state.locks.seq(attr.ino), True
+        return reply
 
     def _shipped_new(self, parent: Node, name: bytes, attr: Attr, grants: list[Grant]) -> EntryAttributes:
         """What a shipped operation on *parent* made under *name* becomes known here."""
@@ -383,6 +431,8 @@ class Operations(pyfuse3.Operations):
         if parent.names is not None:
             parent.names.pop(name, None)
         self._remember_name(parent, name, fid, grants)
+        if fid is not None and (parent.names is None or name not in parent.names):
+            parent.names_whole = False
 
     @_errno_boundary
     async def mknod(
@@ -581,6 +631,7 @@ class Operations(pyfuse3.Operations):
         for parent, name in ((old, name_old), (new, name_new)):
             if parent.names is not None:
                 parent.names.pop(name, None)
+                parent.names_whole = parent.names_whole and not flags and moved is not None
         if not flags:
             self._name_changed(old, name_old, None, grants)
             if moved is not None:
@@ -617,8 +668,12 @@ class Operations(pyfuse3.Operations):
 
     @_errno_boundary
     async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
+        node = self.state.node(inode)
+        if self.state.gate is not None:
+            await self.state.pass_gate()
+        attr, _held = await self._attr(node)
         self._next_dir += 1
-        self._dirs[self._next_dir] = DirHandle(self.state.node(inode))
+        self._dirs[self._next_dir] = DirHandle(node, attr)
         return self._next_dir
 
     async def releasedir(self, fh: FileHandleT) -> None:
@@ -668,6 +723,12 @@ class Operations(pyfuse3.Operations):
         if state.lower is not None and state.may_read(node.fid.ino):
             handle.entries = [(name, None) for name in state.lower.names(node.fid)]
             return
+        handle.entries = await self._fetch_names(node)
+
+    async def _fetch_names(self, node: Node) -> list[Entry]:
+        """List a directory at the home; keep the names where one lock covered the whole listing."""
+        state = self.state
+        changes = node.changes
         entries: list[Entry] = []
         first: list[Grant] = []
         while True:
@@ -680,11 +741,13 @@ class Operations(pyfuse3.Operations):
             entries.extend(page)
             if whole or not page:
                 break
-        if state.lower is None and state.granted(first, node.fid.ino) and state.may_read(node.fid.ino):
+        held = state.granted(first, node.fid.ino) and state.may_read(node.fid.ino)
+        if state.lower is None and held and node.changes == changes:
             # One lock from the first page to the last: nothing changed in between.
             node.names = {entry.name: Fid(entry.attr.ino, entry.attr.gen) for entry in entries}
             node.names_seq = state.locks.seq(node.fid.ino)
-        handle.entries = list(entries)
+            node.names_whole = True
+        return entries
 
     @_errno_boundary
     async def fsyncdir(self, fh: FileHandleT, datasync: bool) -> None:
@@ -717,7 +780,7 @@ class Operations(pyfuse3.Operations):
 
     @_errno_boundary
     async def flush(self, fh: FileHandleT) -> None:
-        return None
+        await self.io.flush(fh)
 
     @_errno_boundary
     async def release(self, fh: FileHandleT) -> None:

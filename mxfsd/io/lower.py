@@ -8,6 +8,7 @@ are bytes. The caller holds the locks (DESIGN.md section 5); nothing here is saf
 import errno
 import os
 import stat
+import threading
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -89,7 +90,6 @@ class Lower:
         self.root = Fid(st.st_ino, libc.generation_at(mount_fd, b""))
         self._hidden_ino = 0
         os.umask(0)
-        libc.keep_caps_across_fsuid()
 
     def prepare(self) -> None:
         """Make the hidden folder where it is missing (read-write mounts only)."""
@@ -234,7 +234,7 @@ class Lower:
         """Create a regular file (O_EXCL); return a read-write descriptor, the caller's, and the attributes."""
         self._guard(parent, name)
         dfd = self.dir_fd(parent)
-        libc.set_fs_ids(uid, gid)
+        _become(uid, gid)
         try:
             fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode, dir_fd=dfd)
         finally:
@@ -245,7 +245,7 @@ class Lower:
         """Make a file of any type but a directory or a symbolic link."""
         self._guard(parent, name)
         dfd = self.dir_fd(parent)
-        libc.set_fs_ids(uid, gid)
+        _become(uid, gid)
         try:
             os.mknod(name, mode, rdev, dir_fd=dfd)
         finally:
@@ -256,7 +256,7 @@ class Lower:
         """Make a directory."""
         self._guard(parent, name)
         dfd = self.dir_fd(parent)
-        libc.set_fs_ids(uid, gid)
+        _become(uid, gid)
         try:
             os.mkdir(name, mode, dir_fd=dfd)
         finally:
@@ -267,7 +267,7 @@ class Lower:
         """Make a symbolic link."""
         self._guard(parent, name)
         dfd = self.dir_fd(parent)
-        libc.set_fs_ids(uid, gid)
+        _become(uid, gid)
         try:
             os.symlink(target, name, dir_fd=dfd)
         finally:
@@ -439,6 +439,20 @@ class Lower:
     def syncfs(self) -> None:
         """Write back everything and wait."""
         libc.syncfs(self.mount_fd)
+
+
+_thread = threading.local()
+
+
+def _become(uid: int, gid: int) -> None:
+    """Make objects for a user from now on; libc.set_fs_ids(0, 0) ends that.
+
+    Capabilities stay: that is set for each thread that comes here, as a thread has it for itself.
+    """
+    if not hasattr(_thread, "keeps_caps"):
+        libc.keep_caps_across_fsuid()
+        _thread.keeps_caps = True
+    libc.set_fs_ids(uid, gid)
 
 
 def kill_priv(fd: int, path: str | None = None) -> None:

@@ -7,7 +7,7 @@ import stat
 from pathlib import Path
 
 import pytest
-from labkit import must
+from labkit import Lab, must
 
 Work = dict[str, Path]
 UID, GID, EXTRA = 12_345, 12_346, 12_347
@@ -169,12 +169,13 @@ def test_acl_set_on_one_node_holds_on_the_others(work: Work) -> None:
         assert _acl(theirs) == ["user::rw-", "group::---", "other::---"]
 
 
-def test_default_acl_is_inherited_on_every_node(work: Work) -> None:
+def test_default_acl_is_inherited_on_every_node(lab: Lab, work: Work) -> None:
     top = work["n1"] / "d"
     top.mkdir()
     must(["setfacl", "-d", "-m", f"u:{UID}:rwx,g::rx,o::-,m::rwx", top])
     for node, folder in work.items():
-        umask = os.umask(0o077)  # a default ACL replaces the umask: acl(5)
+        # A default ACL replaces the umask (acl(5)); through FUSE the umask counts all the same (docs/limits.md).
+        umask = os.umask(0o077 if lab.native else 0)
         try:
             (folder / "d" / f"{node}-dir").mkdir()
             (folder / "d" / f"{node}-file").write_text("text")
