@@ -5,8 +5,11 @@ needs a lock of its own. A direct one needs none: each access runs at the home u
 """
 
 import asyncio
+import errno
+import functools
 import itertools
 import os
+from typing import Any
 
 from pyfuse3 import FileHandleT, FileInfo
 
@@ -21,6 +24,8 @@ _PR = LockMode.PR
 _PW = LockMode.PW
 _EX = LockMode.EX
 _OPEN = LockFlag.OPEN | LockFlag.ALT_UNCACHED
+_BEHIND_MAX = 32 << 20
+"""Bytes of answered but unconfirmed WRITEs at most."""
 _LOWER_FLAGS = os.O_APPEND | os.O_NOATIME
 
 
@@ -34,6 +39,7 @@ class FileIO:
         self._serial = itertools.count()
         self.bytes_read = 0
         self.bytes_written = 0
+        self._behind_bytes = 0
 
     # -- opening ---------------------------------------------------------------------------------------------------
 
@@ -85,7 +91,10 @@ class FileIO:
 
     def _handle(self, node: Node, flags: int, uid: int, writable: bool, cached: bool) -> Handle:
         append = bool(flags & os.O_APPEND)
-        direct = not cached or append or bool(flags & os.O_DIRECT)
+        # A write-only descriptor reads nothing from the cache, and the kernel asks for security.capability at each
+        # cached write: twice the upcalls.
+        write_only = flags & os.O_ACCMODE == os.O_WRONLY
+        direct = not cached or append or write_only or bool(flags & os.O_DIRECT)
         handle = Handle(node, flags, writable, append, direct, privileged=uid == 0)
         if not direct:
             node.may_have_pages = True
@@ -260,12 +269,60 @@ class FileIO:
 
     async def _ship_write(self, handle: Handle, off: int, buf: bytes) -> int:
         node = handle.node
+        state = self.state
+        self._raise_behind(node)
         flags = (WriteFlag.APPEND if handle.append else 0) | (0 if handle.privileged else WriteFlag.KILL_PRIV)
-        self.state.own_change(node)
-        _, (_placed, done) = await self.state.link.ship(Op.WRITE, 0, 0, (*node.fid, off, flags, buf))
-        self.state.own_change(node)
+        state.own_change(node)
+        future = state.link.start(Op.WRITE, 0, 0, (*node.fid, off, flags, buf))
+        if self._may_run_behind(handle, len(buf)):
+            node.behind += 1
+            self._behind_bytes += len(buf)
+            future.add_done_callback(functools.partial(self._behind_done, node, len(buf)))
+            self.bytes_written += len(buf)
+            return len(buf)
+        _, (_placed, done) = await future
+        state.own_change(node)
         self.bytes_written += done
         return int(done)
+
+    def _may_run_behind(self, handle: Handle, size: int) -> bool:
+        """Whether a WRITE may be answered before the home has confirmed it.
+
+        Only under EX: nobody else sees the file before this node has given the lock up, and that waits for all of them.
+        The page cache of a local file system promises no more before fsync; close and fsync wait, and report errors.
+        """
+        return (
+            self.state.locks.mode(handle.ino) == _EX
+            and self.state.gate is None
+            and self._behind_bytes + size <= _BEHIND_MAX
+            and not handle.flags & (os.O_SYNC | os.O_DSYNC)
+        )
+
+    def _behind_done(self, node: Node, size: int, future: asyncio.Future[Any]) -> None:
+        self._behind_bytes -= size
+        node.behind -= 1
+        self.state.own_change(node)
+        error = future.exception()
+        if error is not None:
+            node.behind_error = getattr(error, "errno", None) or errno.EIO
+        elif future.result()[1][1] < size:
+            node.behind_error = errno.ENOSPC
+        if not node.behind and node.settled is not None:
+            node.settled.set()
+            node.settled = None
+
+    @staticmethod
+    def _raise_behind(node: Node) -> None:
+        if node.behind_error:
+            code, node.behind_error = node.behind_error, 0
+            raise OSError(code, os.strerror(code))
+
+    async def flush(self, fh: FileHandleT) -> None:
+        """A descriptor is closed: everything written through this node has reached the home, or the error is told."""
+        node = self.handles[fh].node
+        if node.behind:
+            await node.settle()
+        self._raise_behind(node)
 
     async def fsync_node(self, node: Node, datasync: bool, is_dir: bool) -> None:
         """Make an object durable: on the home by fsync of the lower one, elsewhere by the home."""
@@ -276,3 +333,5 @@ class FileIO:
             await asyncio.get_running_loop().run_in_executor(None, state.lower.sync, node.fid)
         else:
             await state.link.ship(Op.FSYNC, 0, 0, (*node.fid, int(datasync)))
+            await node.settle()
+            self._raise_behind(node)

@@ -70,7 +70,7 @@ class OperationLink:
     def start(
         self, op: Op, uid: int, gid: int, values: Sequence[Any], want_lock: bool = False
     ) -> asyncio.Future[tuple[list[Grant], list[Any]]]:
-        """Send *op* and return the future of what ``ship`` returns. Operations reach the home in the order of sending."""
+        """Send *op*, return the future of what ``ship`` returns. Operations reach the home in the order of sending."""
         self._seq += 1
         seq = self._seq
         ack = next(iter(self._pending), seq) - 1  # insertion order is sequence order

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from mxfs_proto.errors import IoFailure, MxfsError, PeerError
+from mxfs_proto.errors import IoFailure, MxfsError, PeerError, Refusal
 from mxfs_proto.frames import (
     Frame,
     FrameType,
@@ -17,9 +17,9 @@ from mxfs_proto.frames import (
     unpack_lease_ack,
     unpack_lock,
 )
-from mxfs_proto.ondisk import LeaseState
-from mxfs_proto.ops import Fid
+from mxfs_proto.ondisk import LeaseRecord, LeaseState
 from mxfs_proto.records import LockRecord
+from mxfsd import greeting
 from mxfsd import log as logging
 from mxfsd.io.certs import PeerIdentity
 from mxfsd.io.clock import now_ms
@@ -41,10 +41,11 @@ class ClientRole:
     def __init__(self, daemon: "Daemon") -> None:
         self._daemon = daemon
         self._conn: PeerConnection | None = None
-        self._welcomed: asyncio.Future[dict[str, Any]] | None = None
+        self._welcomed: asyncio.Future[greeting.Welcome] | None = None
         self._closed = False
         self._following = False
-        self._moved_to: dict[str, Any] | None = None
+        self._expected_until_ms = 0
+        self._misfit: LeaseRecord | None = None  # as the first of our attempts met somebody who does not fit
         self._asked_ms: deque[int] = deque(maxlen=_LEASES_ASKED)  # on this connection
         self._renewal: asyncio.TimerHandle | None = None
 
@@ -59,7 +60,7 @@ class ClientRole:
     # -- connecting ------------------------------------------------------------------------------------------------
 
     async def connect(self) -> None:
-        """Join the home that the lease names. Raises IoFailure (not reached), PeerError (refused for good)."""
+        """Join the home that the lease names. Raises IoFailure (not reached), Refusal (no use to try again)."""
         daemon = self._daemon
         assert daemon.contexts is not None and daemon.held is not None and daemon.fuse is not None
         lease = await asyncio.to_thread(daemon.lockspace.read_lease)
@@ -71,11 +72,11 @@ class ClientRole:
 
         def check(who: PeerIdentity) -> str | None:
             if who.slot != lease.owner_slot or who.incarnation != lease.incarnation:
-                return f"it is slot {who.slot}, incarnation {who.incarnation}, not the home"
+                raise IoFailure(f"slot {who.slot}, incarnation {who.incarnation} answers, not the home")
             return None
 
         timeout_s = daemon.timeouts.lease_ms / 2000
-        failure: MxfsError | None = None
+        failures: list[MxfsError] = []
         for address in slot.addresses:
             try:
                 conn = await connect_peer(
@@ -87,33 +88,55 @@ class ClientRole:
                     check=check,
                     timeout_s=timeout_s,
                 )
-                break
+                await self._greet(conn)
+            except Refusal:
+                raise
             except MxfsError as exc:
-                failure = exc
-        else:
-            raise failure or IoFailure("the home has no address")
-        await self._greet(conn)
+                failures.append(exc)
+            else:
+                self._misfit = None
+                return
+        raise self._judge(lease, failures)
+
+    def _judge(self, lease: LeaseRecord, failures: list[MxfsError]) -> MxfsError:
+        """Return what it means that none of the home's addresses served us.
+
+        Whoever answers there and has another key, say, may have come by the address of a home that is dead. But when
+        the lease was renewed between two such answers, then the home lives, and it is the home that does not fit.
+        """
+        if not all(isinstance(failure, PeerError) for failure in failures):
+            self._misfit = None
+            return next(failure for failure in failures if not isinstance(failure, PeerError))
+        before = self._misfit
+        if before is None or (before.epoch, before.owner_slot) != (lease.epoch, lease.owner_slot):
+            before = self._misfit = lease
+        reason = str(failures[0])
+        return Refusal(reason) if lease.sequence != before.sequence else IoFailure(reason)
 
     async def _greet(self, conn: PeerConnection) -> None:
         daemon = self._daemon
         self._welcomed = asyncio.get_running_loop().create_future()
         self._conn = conn
         self._asked_ms.clear()
-        hello = {"name": daemon.name, "slot": daemon.slot, "timeouts": daemon.options.timeouts}
-        conn.send(FrameType.HELLO, pack_json(hello))
+        conn.send(FrameType.HELLO, greeting.hello(daemon.name, daemon.slot, daemon.options.timeouts))
         self._renew()
         try:
-            fields = await asyncio.wait_for(self._welcomed, daemon.timeouts.lease_ms / 1000)
+            welcome = await asyncio.wait_for(self._welcomed, daemon.timeouts.lease_ms / 1000)
+            if self._conn is not conn:
+                raise IoFailure(f"{conn.peer_name} closed the connection after its welcome")
         except TimeoutError:
             conn.abort()
             self._conn = None
             raise IoFailure(f"{conn.peer_name} did not answer our greeting") from None
         except MxfsError:
+            conn.close()
             self._conn = None
             raise
-        daemon.epoch = int(fields["epoch"])
-        daemon.home_slot = int(fields["home"])
-        daemon.root = Fid(*fields["root"])
+        finally:
+            self._welcomed = None
+        daemon.epoch = welcome.epoch
+        daemon.home_slot = welcome.home
+        daemon.root = welcome.root
         daemon.serving = False
         logging.context.epoch = daemon.epoch
         assert daemon.fuse is not None
@@ -122,6 +145,10 @@ class ClientRole:
         else:
             daemon._welcome_fuse()
             conn.send(FrameType.RECLAIM_DONE, pack_json({"rows": 0}), epoch=daemon.epoch)
+
+    def expect_home(self) -> None:
+        """Another node was given the lease: leave it the time to take it."""
+        self._expected_until_ms = now_ms() + self._daemon.timeouts.grace_ms
 
     async def follow(self) -> None:
         """Connect, again and again, until there is a home; take the lease where the home is dead or gave it up."""
@@ -140,7 +167,7 @@ class ClientRole:
                 await self.connect()
                 daemon._hold_device()
                 return
-            except PeerError as exc:
+            except Refusal as exc:
                 log.error("the home refuses this node", reason=str(exc))
                 daemon.stop(str(exc))
                 return
@@ -154,7 +181,7 @@ class ClientRole:
         """Become the home where the lease is free, or its owner is dead. True: this role is over."""
         daemon = self._daemon
         assert daemon.held is not None
-        if self._moved_to is not None and now_ms() < self._moved_to["until_ms"]:
+        if now_ms() < self._expected_until_ms:
             return False
         lease = await asyncio.to_thread(daemon.lockspace.read_lease)
         evidence = daemon._evidence()
@@ -194,9 +221,9 @@ class ClientRole:
             self._leased(*unpack_lease_ack(frame.payload))
         elif frame.type is FrameType.WELCOME:
             if self._welcomed is not None and not self._welcomed.done():
-                self._welcomed.set_result(unpack_json(frame.payload))
+                self._welcomed.set_result(greeting.read_welcome(unpack_json(frame.payload)))
         elif frame.type is FrameType.REFUSE:
-            self._refused(unpack_json(frame.payload))
+            self._failed(greeting.read_refusal(unpack_json(frame.payload), conn.peer_name))
         elif frame.type is FrameType.FREEZE:
             daemon.serving = False
             daemon.fuse.freeze(daemon.epoch, 0)
@@ -206,9 +233,8 @@ class ClientRole:
         elif frame.type is FrameType.MOVE:
             self._moved(unpack_json(frame.payload))
 
-    def _refused(self, fields: dict[str, Any]) -> None:
-        reason = str(fields.get("reason", "refused"))
-        error: MxfsError = IoFailure(reason) if fields.get("retry") else PeerError(reason)
+    def _failed(self, error: MxfsError) -> None:
+        """The greeting in progress has come to nothing."""
         if self._welcomed is not None and not self._welcomed.done():
             self._welcomed.set_exception(error)
 
@@ -221,7 +247,7 @@ class ClientRole:
         if int(fields["slot"]) == daemon.slot:
             daemon.spawn(daemon.take_home(fields))
             return
-        self._moved_to = {**fields, "until_ms": now_ms() + daemon.timeouts.grace_ms}
+        self.expect_home()
         daemon.spawn(self.follow())
 
     def _on_lost(self, conn: PeerConnection, error: MxfsError | None) -> None:
@@ -230,8 +256,9 @@ class ClientRole:
         self._conn = None
         daemon = self._daemon
         reason = str(error) if error is not None else "closed"
-        if self._welcomed is not None and not self._welcomed.done():
-            self._welcomed.set_exception(IoFailure(f"the home closed the connection: {reason}"))
+        if self._welcomed is not None:  # `_greet` deals with it
+            closed = IoFailure(f"the home closed the connection: {reason}")
+            self._failed(error if isinstance(error, PeerError) else closed)
             return
         if self._closed:
             return

@@ -17,7 +17,7 @@ from typing import Any
 
 import structlog
 
-from mxfs_proto.errors import IoFailure, MisuseError, MxfsError, PeerError
+from mxfs_proto.errors import IoFailure, MisuseError, MxfsError, PeerError, Refusal
 from mxfs_proto.frames import (
     Frame,
     FrameType,
@@ -32,6 +32,7 @@ from mxfs_proto.frames import (
 from mxfs_proto.ondisk import Address, LeaseState, SlotState
 from mxfs_proto.ops import Fid
 from mxfs_proto.records import LockRecord, NodeState, NodeStatus, Record
+from mxfsd import greeting
 from mxfsd import log as logging
 from mxfsd.clientrole import ClientRole
 from mxfsd.control import ControlServer
@@ -212,6 +213,7 @@ class Daemon:
     async def _settle(self) -> None:
         """Become the home where there is none, else a client of it."""
         assert self.held is not None and self.heartbeat is not None
+        client = ClientRole(self)
         while True:
             try:
                 held = await asyncio.to_thread(
@@ -223,7 +225,7 @@ class Daemon:
                 await self._become_home(held, set())
                 return
             lease = await asyncio.to_thread(self.lockspace.read_lease)
-            if lease.state is LeaseState.HELD and lease.owner_slot != self.slot and await self._become_client():
+            if lease.state is LeaseState.HELD and lease.owner_slot != self.slot and await self._become_client(client):
                 return
             await asyncio.sleep(self.timeouts.heartbeat_ms / 2000)
 
@@ -237,11 +239,12 @@ class Daemon:
             return None
         return report.evidence()
 
-    async def _become_client(self) -> bool:
-        """Connect to the home; False where it is not to be reached just now."""
-        client = ClientRole(self)
+    async def _become_client(self, client: ClientRole) -> bool:
+        """Connect to the home; False where it is not to be reached just now. Raises Refusal."""
         try:
             await client.connect()
+        except Refusal:
+            raise
         except MxfsError as exc:
             log.info("home not reached", reason=str(exc))
             return False
@@ -388,6 +391,7 @@ class Daemon:
         if target and (self.stopping is None or not self.stopping.done()):
             self.home_slot = target
             self.client = ClientRole(self)
+            self.client.expect_home()
             self.spawn(self.client.follow())
         return True
 
@@ -431,9 +435,15 @@ class Daemon:
             if self.client is not None:
                 self.client.close()
                 self.client = None
-            held = await asyncio.to_thread(
-                self.lockspace.claim_lease, self.held.record, self.timeouts, wait_ms=self.timeouts.lease_ms
-            )
+            try:
+                held = await asyncio.to_thread(
+                    self.lockspace.claim_lease, self.held.record, self.timeouts, wait_ms=self.timeouts.lease_ms
+                )
+            except MxfsError as exc:
+                log.error("the home was offered, but the lease was not to be had", reason=str(exc))
+                self.client = ClientRole(self)
+                self.spawn(self.client.follow())
+                return
             members = {int(slot) for slot in fields["members"]} - {self.slot}
             await self._become_home(held, members)
 
@@ -457,7 +467,11 @@ class Daemon:
         if who.volume != self.volume:
             return f"it belongs to volume {who.volume}"
         if (who.slot, who.incarnation) in self.evicted:
-            return "it was put out of the volume; mount again there"
+            return f"slot {who.slot}, incarnation {who.incarnation} was put out of the volume: mount again there"
+        report = self.heartbeat.report if self.heartbeat is not None else None
+        view = report.slots.get(who.slot) if report is not None else None
+        if view is not None and view.incarnation > who.incarnation:
+            return f"slot {who.slot} has another owner since: mount again there"
         return None
 
     def _on_peer(self, conn: PeerConnection) -> None:
@@ -468,6 +482,8 @@ class Daemon:
         if self.peers.get(slot) is conn:
             del self.peers[slot]
             log.info("peer lost", peer=slot, reason=str(error) if error else "closed")
+        elif isinstance(error, PeerError):
+            log.warning("peer refused", peer=slot, reason=str(error))
 
     def _on_peer_frame(self, conn: PeerConnection, frame: Frame) -> None:
         try:
@@ -511,13 +527,12 @@ class Daemon:
     def _hello(self, conn: PeerConnection, fields: dict[str, Any]) -> None:
         slot = conn.identity.slot
         if self.home is None or not self._may_act_as_home():
-            conn.send(FrameType.REFUSE, pack_json({"reason": "this node is not the home", "retry": True}))
-            conn.close()
+            conn.refuse("this node is not the home", retry=True)
             return
-        if fields.get("timeouts") != self.options.timeouts:
-            reason = f"timeouts={fields.get('timeouts')} there, timeouts={self.options.timeouts} here: use one"
-            conn.send(FrameType.REFUSE, pack_json({"reason": reason, "retry": False}))
-            conn.close()
+        reason = greeting.objection(fields, self.name, self.options.timeouts)
+        if reason is not None:
+            log.warning("peer refused", peer=slot, reason=reason)
+            conn.refuse(reason)
             return
         before = self.peers.pop(slot, None)
         if before is not None:
@@ -525,8 +540,7 @@ class Daemon:
         self.peers[slot] = conn
         self.last_heard_ms[slot] = now_ms()
         self.home.greet(slot, conn.identity.incarnation)
-        welcome = {"epoch": self.epoch, "home": self.slot, "root": list(self.root)}
-        conn.send(FrameType.WELCOME, pack_json(welcome), epoch=self.epoch)
+        conn.send(FrameType.WELCOME, greeting.welcome(self.epoch, self.slot, self.root), epoch=self.epoch)
         log.info("peer joined", peer=slot, name=fields.get("name"), incarnation=conn.identity.incarnation)
 
     def _lease(self, conn: PeerConnection, stamp_ms: int) -> None:
