@@ -5,7 +5,8 @@ import struct
 from dataclasses import fields
 from pathlib import Path
 
-from mxfs_proto import discovery, frames, netlink
+from mxfs_proto import discovery, frames, netlink, ops
+from mxfsd import homerole
 from mxfsd.core.nlchannel import ChannelConfig
 from mxfsd.io import discovery as discovery_io
 
@@ -89,3 +90,41 @@ def test_discovery() -> None:
     assert f"(`{discovery.MAGIC.decode()}`, version {discovery.VERSION}, three zeroes)" in PAGE
     assert f"a random nonce of {discovery.NONCE_BYTES} bytes" in PAGE
     assert f"length of the address, at most {discovery.MAX_ADDRESS}" in PAGE
+
+
+def test_operations() -> None:
+    types = {"fid": "QI", "u64": "Q", "u32": "I", "i64": "q", "bytes": "v", "attr": "A"}
+
+    def layout(cell: str) -> str:
+        return "".join(types[field.split()[-1]] for field in cell.split(", ") if field)
+
+    written = {(int(row[0]), row[1]): (layout(row[2]), layout(row[3])) for row in table("### Operations")}
+    assert written == {(int(op), op.name): ("".join(ops.REQUESTS[op]), "".join(ops.REPLIES[op])) for op in ops.Op}
+
+
+def test_operation_heads() -> None:
+    section = PAGE.split("## Shipped operations", 1)[1].split("### Operations", 1)[0].replace("\n", " ")
+    for struct_, said in (
+        (ops._REQUEST, "operation u16, flags u16, uid u32, gid u32, ack u64"),
+        (ops._REPLY, "errno u32, number of grants u16"),
+        (ops._GRANT, "ino u64, mode u8, seq u64"),
+    ):
+        assert said in section
+        assert struct_.format == "!" + "".join(CODES[t] for t in re.findall(r"u\d+", said))
+    assert f"flag {int(ops.OpFlag.WANT_LOCK)} (WANT_LOCK)" in section
+    assert f"READ and WRITE carry {ops.MAX_DATA >> 20} MiB at most" in section
+    page = PAGE.replace("\n", " ")
+    said = page.split("Operations that change nothing (", 1)[1].split(")", 1)[0]
+    assert set(re.findall("[A-Z]+", said)) == {op.name for op in homerole._READS}
+    assert f"flag {int(ops.WriteFlag.APPEND)} appends" in page
+    assert f"flag {int(ops.WriteFlag.KILL_PRIV)} takes set-id bits away" in page
+    assert f"bit {int(ops.Valid.KILL_PRIV).bit_length() - 1} takes" in page
+
+
+def test_attributes_of_an_object() -> None:
+    rows = table("### Attributes of an object")
+    sizes = [int(row[1]) for row in rows]
+    assert [int(row[0]) for row in rows] == [sum(sizes[:n]) for n in range(len(rows))]
+    codes = {(4, False): "I", (8, False): "Q", (8, True): "q"}
+    assert ops._ATTR.format == "!" + "".join(codes[int(row[1]), "signed" in row[2]] for row in rows)
+    assert tuple(row[2].split(",")[0] for row in rows) == ops.Attr._fields
