@@ -26,6 +26,10 @@ class PeerError(MxfsError):
     errno = errno.EPROTO
 
 
+class Refusal(PeerError):
+    """A peer will not work with us, or we with it, for a reason that another try does not change."""
+
+
 class MediaError(MxfsError):
     """A record on the disk is torn, foreign or of another version."""
 

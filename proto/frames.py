@@ -23,7 +23,8 @@ from enum import IntEnum
 from operator import attrgetter
 from typing import Any, Final, NamedTuple
 
-from mxfs_proto.errors import MisuseError, PeerError
+from mxfs_proto import PROTO_VERSION
+from mxfs_proto.errors import MisuseError, PeerError, Refusal
 from mxfs_proto.lockflags import LockFlag
 from mxfs_proto.modes import LockMode
 from mxfs_proto.records import (
@@ -38,7 +39,7 @@ from mxfs_proto.records import (
 )
 
 MAGIC: Final = 0x4D58
-VERSION: Final = 1
+VERSION: Final = PROTO_VERSION
 MAX_PAYLOAD: Final = 4 * 1024 * 1024
 MAX_JSON: Final = 256 * 1024
 HEADER: Final = struct.Struct("!HBBIQQQ")
@@ -120,7 +121,7 @@ def _check(fields: tuple[int, ...]) -> FrameType:
     if magic != MAGIC:
         raise PeerError(f"a frame starts with {magic:#06x}, not {MAGIC:#06x}: no MXFS peer, or a lost boundary")
     if version != VERSION:
-        raise PeerError(f"a peer of another version: it speaks {version}, we speak {VERSION}")
+        raise Refusal(f"a peer of another version: it speaks {version}, we speak {VERSION}")
     if kind not in _TYPES:
         raise PeerError(f"frame type {kind} is unknown")
     if length > MAX_PAYLOAD:

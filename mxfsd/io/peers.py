@@ -13,7 +13,7 @@ from typing import Any, Final
 import structlog
 
 from mxfs_proto.errors import IoFailure, MxfsError, PeerError
-from mxfs_proto.frames import Buffer, Frame
+from mxfs_proto.frames import Buffer, Frame, FrameType, pack_json
 from mxfsd.io.certs import PeerIdentity, identity_of
 from mxfsd.io.stream import Acceptor, FrameConnection
 
@@ -56,6 +56,19 @@ class PeerConnection(FrameConnection):
 
     def _buffered(self) -> bool:
         return self._tls.pending() > 0
+
+    def _failure(self, err: OSError) -> MxfsError:
+        if isinstance(err, ssl.SSLError) and not isinstance(err, ssl.SSLEOFError):
+            return PeerError(_tls_reason(self.peer_name, err))
+        return super()._failure(err)
+
+    def _last_words(self, err: PeerError) -> None:
+        self.refuse(str(err))
+
+    def refuse(self, reason: str, *, retry: bool = False) -> None:
+        """Say why this ends, and close. With *retry* the peer may try again later, or elsewhere."""
+        self.send(FrameType.REFUSE, pack_json({"reason": reason, "retry": retry}))
+        self.close()
 
     def _shut_write(self) -> None:
         try:
@@ -102,6 +115,16 @@ async def _ready(sock: socket.socket, *, write: bool) -> None:
         remove(fd)
 
 
+def _tls_reason(who: str, err: ssl.SSLError) -> str:
+    """Say in one line what a failed verification means: each end has its own, and an alert tells of the other's."""
+    if isinstance(err, ssl.SSLCertVerificationError):
+        return f"{who} has another cluster key, or is not of this volume ({err.verify_message})"
+    reason = err.reason or str(err)
+    if "_ALERT_" in reason and reason.endswith(("UNKNOWN_CA", "CERTIFICATE", "CERTIFICATE_REQUIRED", "DECRYPT_ERROR")):
+        return f"{who} does not accept our certificate: it has another cluster key, or is not of this volume ({reason})"
+    return f"{who} is no node of this volume ({reason})"
+
+
 async def _handshake(sock: socket.socket, context: ssl.SSLContext, *, server: bool) -> ssl.SSLSocket:
     """Return the TLS socket; *sock* is closed when it fails. Raises OSError (ssl.SSLError is one)."""
     try:
@@ -136,9 +159,9 @@ async def connect_peer(
 ) -> PeerConnection:
     """Connect to a daemon and start to read.
 
-    *check* returns why a peer of that identity is not the expected one, or None. Raises IoFailure (not reached in
-    time), PeerError (not a node of this volume, or not the expected one). The peer may still refuse us: with TLS 1.3
-    that shows as a lost connection after this has returned.
+    *check* returns why a peer of that identity is not the expected one, or None; it may raise too. Raises IoFailure
+    (not reached in time), PeerError (not a node of this volume, or not the expected one). The peer may still refuse
+    us: it sends a REFUSE, or with TLS 1.3 that shows as a lost connection after this has returned.
     """
     where = f"{address} port {port}"
     try:
@@ -146,13 +169,15 @@ async def connect_peer(
             tls = await _handshake(await _tcp_connect(address, port, local_address), context, server=False)
     except TimeoutError:
         raise IoFailure(f"{where}: no answer within {timeout_s:g} s") from None
+    except ssl.SSLEOFError as err:
+        raise IoFailure(f"{where} closed the connection in its handshake") from err
     except ssl.SSLError as err:
-        raise PeerError(f"{where} is no node of this volume: {err}") from err
+        raise PeerError(_tls_reason(where, err)) from err
     except OSError as err:
         raise IoFailure(f"{where}: {err}", err.errno) from err
     try:
         identity = _identify(tls, check)
-    except PeerError as err:
+    except MxfsError as err:
         log.warning("peer_refused", address=address, port=port, reason=str(err))
         tls.close()
         raise
@@ -236,17 +261,31 @@ class PeerServer:
             _prepare(sock)
             async with asyncio.timeout(self._timeout_s):
                 tls = await _handshake(sock, self._context, server=True)
-        except OSError as err:  # TimeoutError and ssl.SSLError are such
+        except ssl.SSLEOFError:
+            self._refuse(address, "closed in its handshake")
+            sock.close()
+            return
+        except ssl.SSLError as err:
+            self._refuse(address, _tls_reason("the peer", err))
+            sock.close()
+            return
+        except OSError as err:  # TimeoutError is one
             self._refuse(address, str(err) or "no handshake in time")
             sock.close()
             return
         try:
-            identity = _identify(tls, self._check)
+            identity = identity_of(tls)
         except PeerError as err:
             self._refuse(address, str(err))
             tls.close()
             return
-        self._on_connection(PeerConnection(tls, identity, address))
+        connection = PeerConnection(tls, identity, address)
+        reason = self._check(identity)
+        if reason is None:
+            self._on_connection(connection)
+            return
+        self._refuse(address, f"{identity.uri}: {reason}")
+        connection.refuse(reason)
 
     def _refuse(self, address: str, reason: str) -> None:
         self.refused += 1

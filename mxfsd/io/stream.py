@@ -107,6 +107,9 @@ class FrameConnection:
         """As _recv_into, after `close`: the bytes are thrown away. Raises OSError."""
         return self._recv_into(room)
 
+    def _last_words(self, err: PeerError) -> None:
+        """Tell the peer what it did wrong, and `close`, where the protocol has a frame for that."""
+
     def _shut_write(self) -> None:
         """Tell the peer that nothing more comes. Raises OSError."""
         self._sock.shutdown(socket.SHUT_WR)
@@ -333,7 +336,7 @@ class FrameConnection:
         self._wake_drain()
         self._sock.close()
 
-    def _failure(self, err: OSError) -> IoFailure:
+    def _failure(self, err: OSError) -> MxfsError:
         return IoFailure(f"connection to {self.peer_name}: {err}", err.errno)
 
     def _lose_soon(self, err: MxfsError) -> None:
@@ -349,7 +352,12 @@ class FrameConnection:
         if self._closed:
             return
         on_lost = self._on_lost
-        self.abort()
+        lingers = False
+        if isinstance(err, PeerError) and not self._closing:
+            self._last_words(err)
+            lingers = self._closing
+        if not lingers:
+            self.abort()
         if on_lost is not None:
             log.info("connection_lost", peer=self.peer_name, reason=str(err) if err else "closed by the peer")
             on_lost(self, err)

@@ -287,7 +287,7 @@ async def test_the_client_refuses_whom_it_does_not_expect() -> None:
 async def test_nodes_of_other_volumes_and_keys_are_refused(foreign: NodeContexts) -> None:
     server, port, arrived = await serve(node(1).server, lambda i: None)
     log = Log()
-    with pytest.raises(PeerError, match="no node of this volume"):
+    with pytest.raises(PeerError, match="has another cluster key, or is not of this volume"):
         await connect_peer("127.0.0.1", port, foreign.client, log.on_frame, log.on_lost)
     await refusals(server)
     assert arrived == []

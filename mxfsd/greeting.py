@@ -1,0 +1,55 @@
+"""What two daemons say to each other first: HELLO of who connects, then WELCOME or REFUSE of the home.
+
+Their formats' versions are compared before that: every frame's header has one (`mxfs_proto.frames`).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from mxfs_proto.errors import IoFailure, MxfsError, PeerError, Refusal
+from mxfs_proto.frames import pack_json
+from mxfs_proto.ops import Fid
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """What the home says of itself; *home* is its slot, *root* the root directory of the volume."""
+
+    epoch: int
+    home: int
+    root: Fid
+
+
+def hello(name: str, slot: int, timeouts: str) -> bytes:
+    """Return the payload of a HELLO; *timeouts* is the name of the set that the node runs with."""
+    return pack_json({"name": name, "slot": slot, "timeouts": timeouts})
+
+
+def objection(fields: dict[str, Any], home: str, timeouts: str) -> str | None:
+    """Return why the home (with that name and timeouts) cannot have the node of these HELLO fields, or None."""
+    theirs = fields.get("timeouts")
+    if theirs == timeouts:
+        return None
+    return f"node {fields.get('name')} has timeouts={theirs}, home {home} has timeouts={timeouts}: use one set"
+
+
+def welcome(epoch: int, home: int, root: Fid) -> bytes:
+    """Return the payload of a WELCOME."""
+    return pack_json({"epoch": epoch, "home": home, "root": list(root)})
+
+
+def read_welcome(fields: dict[str, Any]) -> Welcome:
+    """Return what a WELCOME says. Raises PeerError (EPROTO)."""
+    try:
+        ino, generation = fields["root"]
+        return Welcome(int(fields["epoch"]), int(fields["home"]), Fid(int(ino), int(generation)))
+    except (KeyError, TypeError, ValueError) as err:
+        raise PeerError(f"a WELCOME that lacks something: {fields}") from err
+
+
+def read_refusal(fields: dict[str, Any], peer_name: str) -> MxfsError:
+    """Return the error that a REFUSE means: an IoFailure when it is worth another try, else a Refusal."""
+    reason = " ".join(str(fields.get("reason", "no reason given")).split())
+    if fields.get("retry"):
+        return IoFailure(f"{peer_name}: {reason}")
+    return Refusal(f"refused by {peer_name}: {reason}")
