@@ -63,6 +63,8 @@ _DROPPED = frozenset(
 )
 """Accepted and not acted on: they speak to mount(8), fstab(5) or systemd, or are the default."""
 
+STATE_MAX = 107 - len("/00000000-0000-0000-0000-000000000000/control.sock")
+"""Bytes of a run root: the socket UUID/control.sock below it must fit into an address of 108 with its NUL (unix(7))."""
 _IFACE_MAX = 15  # IFNAMSIZ - 1, <linux/if.h>
 _NODE_NAME_MAX = 64  # bytes of a slot's name field
 
@@ -165,6 +167,8 @@ def _checked(values: dict[str, str], peers: tuple[str, ...], read_only: bool, ke
     state = values.get("state")
     if state is not None and not state.startswith("/"):
         _refuse(f"state={state}: must be an absolute path")
+    if state is not None and len(os.fsencode(state)) > STATE_MAX:
+        _refuse(f"state={state}: longer than {STATE_MAX} bytes, so that the sockets below it have names that fit")
     for peer in peers:
         _check_address("peer", peer)
     multicast = values.get("multicast")

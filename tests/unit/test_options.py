@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mxfs_proto.errors import MisuseError
-from mxfsd.options import RUN_ROOT_ENV, MountOptions, parse
+from mxfsd.options import RUN_ROOT_ENV, STATE_MAX, MountOptions, parse
 
 
 def test_empty_string_gives_the_defaults() -> None:
@@ -77,6 +77,7 @@ def test_a_later_option_overrides_an_earlier_one(text: str, kernel: tuple[str, .
         ("node=" + "n" * 65, "node=nnn"),
         ("node=a/b", "node=a/b"),
         ("state=run", "state=run: must be an absolute path"),
+        ("state=/" + "d" * STATE_MAX, f"longer than {STATE_MAX} bytes"),
     ],
 )
 def test_a_bad_option_is_named_in_one_line(text: str, names: str) -> None:
