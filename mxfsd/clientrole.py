@@ -67,7 +67,9 @@ class ClientRole:
         if lease.state is not LeaseState.HELD or lease.owner_slot == daemon.slot:
             raise IoFailure("nobody is home")
         slot = (await asyncio.to_thread(daemon.lockspace.read_slots))[lease.owner_slot - 1]
-        if slot is None or not slot.addresses:
+        addresses = daemon.finder.addresses(lease.owner_slot, lease.incarnation) if daemon.finder is not None else []
+        addresses += [a for a in (slot.addresses if slot is not None else ()) if a not in addresses]
+        if not addresses:
             raise IoFailure(f"the home in slot {lease.owner_slot} has published no address yet")
 
         def check(who: PeerIdentity) -> str | None:
@@ -77,7 +79,7 @@ class ClientRole:
 
         timeout_s = daemon.timeouts.lease_ms / 2000
         failures: list[MxfsError] = []
-        for address in slot.addresses:
+        for address in addresses:
             try:
                 conn = await connect_peer(
                     address.host,
@@ -175,7 +177,7 @@ class ClientRole:
                 log.debug("home not reached", reason=str(exc))
             if await self._succeed():
                 return
-            await asyncio.sleep(_RETRY_S)
+            await daemon.pause(_RETRY_S)
 
     async def _succeed(self) -> bool:
         """Become the home where the lease is free, or its owner is dead. True: this role is over."""
@@ -249,6 +251,13 @@ class ClientRole:
             return
         self.expect_home()
         daemon.spawn(self.follow())
+
+    def home_announced(self, slot: int, epoch: int) -> None:
+        """A home of *epoch* has announced itself. A later one than ours: ours is none any more, and may hang."""
+        if self._conn is not None and self._welcomed is None and epoch > self._daemon.epoch:
+            conn = self._conn
+            conn.abort()
+            self._on_lost(conn, IoFailure(f"slot {slot} is home since, of epoch {epoch}"))
 
     def _on_lost(self, conn: PeerConnection, error: MxfsError | None) -> None:
         if conn is not self._conn:

@@ -9,7 +9,6 @@ import asyncio
 import fcntl
 import os
 import signal
-import socket
 import struct
 import uuid
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 import structlog
 
+from mxfs_proto.discovery import Announcement
 from mxfs_proto.errors import IoFailure, MisuseError, MxfsError, PeerError, Refusal
 from mxfs_proto.frames import (
     Frame,
@@ -39,10 +39,12 @@ from mxfsd.control import ControlServer
 from mxfsd.core.lease import GONE, HeldLease, HeldSlot, Joiner
 from mxfsd.core.sessions import SessionTable
 from mxfsd.core.timeouts import Timeouts
+from mxfsd.finder import Finder
 from mxfsd.fuselink import FuseLink
 from mxfsd.homerole import HomeRole
 from mxfsd.identity import Identity, load_identity
 from mxfsd.io import libc
+from mxfsd.io.addresses import own_addresses
 from mxfsd.io.certs import NodeContexts, PeerIdentity, VolumeKeys, make_contexts
 from mxfsd.io.clock import now_ms
 from mxfsd.io.heartbeat_client import BeatReport, HeartbeatClient, HeartbeatEvent
@@ -78,6 +80,7 @@ class Daemon:
         self.heartbeat: HeartbeatClient | None = None
         self.contexts: NodeContexts | None = None
         self.server: PeerServer | None = None
+        self.finder: Finder | None = None
         self.fuse: FuseLink | None = None
         self.control: ControlServer | None = None
         self.home: HomeRole | None = None
@@ -145,6 +148,7 @@ class Daemon:
         await self.heartbeat.start()
         addresses = tuple(Address(host, bound[0][1]) for host in own_addresses(self.options.iface))
         await self.heartbeat.set_addresses(addresses)
+        await self._start_finder(keys, addresses[0])
         self.control = ControlServer(self.run_dir / "control.sock", self._handlers())
         await self.control.start()
         await self._settle()
@@ -152,6 +156,25 @@ class Daemon:
         self.spawn(self._ticks())
         log.info("joined", slot=self.slot, home=self.home_slot, addresses=[str(a) for a in addresses])
         await self._until_mounted()
+
+    async def _start_finder(self, keys: VolumeKeys, address: Address) -> None:
+        def describe() -> Announcement:
+            assert self.held is not None
+            home = self.home_slot if self.home is not None or self.home_slot != self.slot else 0
+            who = (self.volume, self.identity.node, self.slot, self.held.record.incarnation)
+            return Announcement(*who, address.host, address.port, home, self.epoch)
+
+        self.finder = Finder(self.options, keys, self.timeouts.announce_ms, describe, self._on_home_announced)
+        await self.finder.start()
+        self.spawn(self.finder.run())
+
+    def _on_home_announced(self, slot: int, epoch: int) -> None:
+        if self.client is not None:
+            self.client.home_announced(slot, epoch)
+
+    async def pause(self, seconds: float) -> None:
+        """Wait so long before the next attempt to find the home, less when a home announces itself."""
+        await (self.finder.pause(seconds) if self.finder is not None else asyncio.sleep(seconds))
 
     async def _until_mounted(self) -> None:
         assert self.fuse is not None and self.stopping is not None
@@ -181,6 +204,8 @@ class Daemon:
             task.cancel()
         for conn in list(self.peers.values()):
             conn.close()
+        if self.finder is not None:
+            await self.finder.close()
         if self.server is not None:
             self.server.close()
         if self.fuse is not None:
@@ -227,7 +252,7 @@ class Daemon:
             lease = await asyncio.to_thread(self.lockspace.read_lease)
             if lease.state is LeaseState.HELD and lease.owner_slot != self.slot and await self._become_client(client):
                 return
-            await asyncio.sleep(self.timeouts.heartbeat_ms / 2000)
+            await self.pause(self.timeouts.heartbeat_ms / 2000)
 
     def _evidence(self) -> Any:
         report = self.heartbeat.report if self.heartbeat is not None else None
@@ -280,6 +305,8 @@ class Daemon:
         self.serving = False
         self.awaited = set(members)
         self.grace_until_ms = now_ms() + self.timeouts.grace_ms
+        if self.finder is not None:
+            self.finder.announce_soon()
         log.info("home", epoch=self.epoch, members=sorted(members))
         if self.fuse.attached.is_set():
             self.awaited.add(self.slot)
@@ -723,27 +750,3 @@ class Daemon:
             return False
         fcntl.ioctl(self.home.lower.mount_fd, _XFS_IOC_GOINGDOWN, _NO_LOG_FLUSH)
         return True
-
-
-def own_addresses(iface: str | None) -> list[str]:
-    """IPv4 addresses that other nodes may reach this one at: of *iface*, or of all that are up but loopback.
-
-    Raises MisuseError where *iface* has none.
-    """
-    found: list[str] = []
-    loopback: list[str] = []
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        for _index, name in socket.if_nameindex():
-            if iface is not None and name != iface:
-                continue
-            try:
-                raw = fcntl.ioctl(sock.fileno(), 0x8915, struct.pack("256s", name.encode()[:15]))  # SIOCGIFADDR
-            except OSError:
-                continue
-            address = socket.inet_ntoa(raw[20:24])
-            (loopback if address.startswith("127.") else found).append(address)
-    if not found and not loopback:
-        raise MisuseError(
-            f"iface={iface}: no such interface, or it has no IPv4 address" if iface else "no IPv4 address"
-        )
-    return (found or loopback)[:4]

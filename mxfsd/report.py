@@ -55,6 +55,7 @@ def status_report(daemon: "Daemon") -> dict[str, Any]:
         "basts": home.master.basts if home is not None else 0,
         "ops": home.operation_counts() if home is not None else {},
         "fencing": "lease",
+        "discovery": daemon.finder.report() if daemon.finder is not None else {},
         "pid": {"fuse": daemon.fuse.pid if daemon.fuse is not None else 0},
     }
 
