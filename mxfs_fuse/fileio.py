@@ -29,6 +29,15 @@ _BEHIND_MAX = 32 << 20
 _LOWER_FLAGS = os.O_APPEND | os.O_NOATIME
 
 
+def _always_direct(flags: int) -> bool:
+    """Whether a descriptor is direct whatever lock is held.
+
+    A write-only one reads nothing from the cache, and the kernel asks for security.capability at each cached write:
+    twice the upcalls.
+    """
+    return bool(flags & (os.O_APPEND | os.O_DIRECT)) or flags & os.O_ACCMODE == os.O_WRONLY
+
+
 class FileIO:
     """Opens, reads, writes, closes. Raises OSError."""
 
@@ -56,6 +65,9 @@ class FileIO:
         ino = node.fid.ino
         self._count(node, writable, 1)
         wanted = _EX if writable else _PR
+        # Counted before it is one: a BAST that comes before this open has ended must not leave pages under PR.
+        coming = writable and not _always_direct(flags)
+        node.cached_writers += coming
         try:
             cached = state.locks.cache.may_open(ino, writable)
             if not cached:
@@ -71,6 +83,8 @@ class FileIO:
             self._count(node, writable, -1)
             self._closed(node)
             raise
+        finally:
+            node.cached_writers -= coming
         return self._register(handle)
 
     async def open_new(self, node: Node, flags: int, fd: int, uid: int) -> FileInfo:
@@ -91,10 +105,7 @@ class FileIO:
 
     def _handle(self, node: Node, flags: int, uid: int, writable: bool, cached: bool) -> Handle:
         append = bool(flags & os.O_APPEND)
-        # A write-only descriptor reads nothing from the cache, and the kernel asks for security.capability at each
-        # cached write: twice the upcalls.
-        write_only = flags & os.O_ACCMODE == os.O_WRONLY
-        direct = not cached or append or write_only or bool(flags & os.O_DIRECT)
+        direct = not cached or _always_direct(flags)
         handle = Handle(node, flags, writable, append, direct, privileged=uid == 0)
         if not direct:
             node.may_have_pages = True

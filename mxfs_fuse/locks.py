@@ -214,17 +214,28 @@ class LockClient:
                 await asyncio.sleep(0)
             revocation.again = False
             gaps = _gaps(node.in_flight)
-            work = asyncio.ensure_future(self._in_thread(self._invalidate_ranges, ino, gaps))
-            while not (await asyncio.wait((work,), timeout=_STUCK_S))[0]:
+            passes = {self._pass(ino, gaps)}
+            while not (await asyncio.wait(passes, timeout=_STUCK_S, return_when=asyncio.FIRST_COMPLETED))[0]:
                 revocation.serve = True
                 revocation.wake()
-            work.result()
+                now = _gaps(node.in_flight)
+                if node.cached_writers and revocation.held < LockMode.PW and now != gaps:
+                    # A WRITE came during the pass and cannot be answered under what is held: a pass that leaves its
+                    # folio out does the work. The one that waits for the folio ends when the WRITE is answered.
+                    gaps = now
+                    passes.add(self._pass(ino, gaps))
             # From here to the release none may begin; one still on its way to its answer needs another pass too.
             revocation.serve = False
             if not revocation.again and not node.serving:
                 break
         if not node.in_flight and not node.opens_r and not node.opens_w:
             node.may_have_pages = False
+
+    def _pass(self, ino: int, ranges: list[tuple[int, int]]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(self._in_thread(self._invalidate_ranges, ino, ranges))
+        self._tasks.add(task)
+        task.add_done_callback(self._revoked)
+        return task
 
     def drop_pages_of(self, node: Node) -> asyncio.Future[None]:
         """Drop all pages of a file but those that waiting upcalls have locked (the lock is lost already)."""
