@@ -17,7 +17,7 @@ from mxfs_fuse.nodes import Handle, Node
 from mxfs_fuse.state import State
 from mxfs_proto.lockflags import LockFlag
 from mxfs_proto.modes import LockMode
-from mxfs_proto.ops import Op, WriteFlag
+from mxfs_proto.ops import Fid, Op, WriteFlag, pack_writes
 from mxfsd.io.lower import kill_priv
 
 _PR = LockMode.PR
@@ -26,6 +26,9 @@ _EX = LockMode.EX
 _OPEN = LockFlag.OPEN | LockFlag.ALT_UNCACHED
 _BEHIND_MAX = 32 << 20
 """Bytes of answered but unconfirmed WRITEs at most."""
+_SMALL = 16 << 10
+_BATCH = 32
+"""WRITEs of at most so many bytes go together, at most so many at once."""
 _LOWER_FLAGS = os.O_APPEND | os.O_NOATIME
 
 
@@ -49,6 +52,8 @@ class FileIO:
         self.bytes_read = 0
         self.bytes_written = 0
         self._behind_bytes = 0
+        self._batched: dict[Fid, Node] = {}
+        state.link.before_send = self._send_batches
 
     # -- opening ---------------------------------------------------------------------------------------------------
 
@@ -283,14 +288,11 @@ class FileIO:
         state = self.state
         self._raise_behind(node)
         flags = (WriteFlag.APPEND if handle.append else 0) | (0 if handle.privileged else WriteFlag.KILL_PRIV)
+        if self._may_run_behind(handle, len(buf)):
+            self._write_behind(node, off, flags, buf)
+            return len(buf)
         state.own_change(node)
         future = state.link.start(Op.WRITE, 0, 0, (*node.fid, off, flags, buf))
-        if self._may_run_behind(handle, len(buf)):
-            node.behind += 1
-            self._behind_bytes += len(buf)
-            future.add_done_callback(functools.partial(self._behind_done, node, len(buf)))
-            self.bytes_written += len(buf)
-            return len(buf)
         _, (_placed, done) = await future
         state.own_change(node)
         self.bytes_written += done
@@ -309,15 +311,46 @@ class FileIO:
             and not handle.flags & (os.O_SYNC | os.O_DSYNC)
         )
 
-    def _behind_done(self, node: Node, size: int, future: asyncio.Future[Any]) -> None:
+    def _write_behind(self, node: Node, off: int, flags: int, buf: bytes) -> None:
+        """Take a WRITE that is answered now. Small ones wait for those under way, and then go together."""
+        node.behind += 1
+        self._behind_bytes += len(buf)
+        self.bytes_written += len(buf)
+        self.state.own_change(node)
+        if node.behind == 1 or len(buf) > _SMALL:
+            future = self.state.link.start(Op.WRITE, 0, 0, (*node.fid, off, flags, buf))
+            future.add_done_callback(functools.partial(self._behind_done, node, 1, len(buf)))
+            return
+        if node.batch and (node.batch_flags != flags or len(node.batch) >= _BATCH):
+            self._send_batch(node)
+        node.batch_flags = flags
+        node.batch.append((off, buf))
+        self._batched[node.fid] = node
+
+    def _send_batches(self) -> None:
+        """Before any other operation: the home must see what was written before it."""
+        while self._batched:
+            self._send_batch(next(iter(self._batched.values())))
+
+    def _send_batch(self, node: Node) -> None:
+        del self._batched[node.fid]
+        pieces, node.batch = node.batch, []
+        size = sum(len(data) for _, data in pieces)
+        values = (*node.fid, node.batch_flags, pack_writes(pieces))
+        future = self.state.link.start(Op.WRITES, 0, 0, values)
+        future.add_done_callback(functools.partial(self._behind_done, node, len(pieces), size))
+
+    def _behind_done(self, node: Node, count: int, size: int, future: asyncio.Future[Any]) -> None:
         self._behind_bytes -= size
-        node.behind -= 1
+        node.behind -= count
         self.state.own_change(node)
         error = future.exception()
         if error is not None:
             node.behind_error = getattr(error, "errno", None) or errno.EIO
-        elif future.result()[1][1] < size:
+        elif future.result()[1][-1] < size:
             node.behind_error = errno.ENOSPC
+        if node.batch and node.behind == len(node.batch):
+            self._send_batch(node)
         if not node.behind and node.settled is not None:
             node.settled.set()
             node.settled = None
@@ -332,6 +365,7 @@ class FileIO:
         """A descriptor is closed: everything written through this node has reached the home, or the error is told."""
         node = self.handles[fh].node
         if node.behind:
+            self._send_batches()
             await node.settle()
         self._raise_behind(node)
 

@@ -36,6 +36,8 @@ class OperationLink:
         self._on_grants = on_grants
         self._open = False
         self.shipped = 0
+        self.before_send: Callable[[], None] | None = None
+        """Called before an operation is sent: what was held back to be sent together must go first."""
 
     @property
     def pending(self) -> int:
@@ -71,6 +73,8 @@ class OperationLink:
         self, op: Op, uid: int, gid: int, values: Sequence[Any], want_lock: bool = False
     ) -> asyncio.Future[tuple[list[Grant], list[Any]]]:
         """Send *op*, return the future of what ``ship`` returns. Operations reach the home in the order of sending."""
+        if self.before_send is not None:
+            self.before_send()
         self._seq += 1
         seq = self._seq
         ack = next(iter(self._pending), seq) - 1  # insertion order is sequence order

@@ -44,6 +44,8 @@ class Node:
     __slots__ = (
         "attr",
         "attr_seq",
+        "batch",
+        "batch_flags",
         "behind",
         "behind_error",
         "cached_writers",
@@ -85,6 +87,9 @@ class Node:
         """Lookups in this directory that went to the home under the present lock."""
         self.no_capability_seq = -1
         """Grant sequence of the lock under which security.capability was seen not to be set."""
+        self.batch: list[tuple[int, bytes]] = []
+        self.batch_flags = 0
+        """Small WRITEs that go to the home together, when the ones before are confirmed, and their WriteFlag."""
         self.behind = 0
         """WRITEs answered to the application that the home has not confirmed yet (only under EX)."""
         self.behind_error = 0

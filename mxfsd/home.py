@@ -29,6 +29,7 @@ from mxfs_proto.ops import (
     pack_entries,
     pack_error,
     pack_reply,
+    unpack_writes,
 )
 from mxfsd.core.dlm import Effect, LockMaster
 from mxfsd.io.lower import Lower, kill_priv
@@ -660,6 +661,31 @@ class HomeService:
         self._orphans.pop(ino, None)
         self._unstable.pop(ino, None)
         return []
+
+    async def _writes(self, c: _Context, ino: int, gen: int, flags: int, blob: bytes) -> list[Any]:
+        pieces = unpack_writes(blob)
+        if not self.held_by(c.node, ino, LockMode.PW):
+            await c.lock((ino, LockMode.CW))
+            await self.commit_before(ino, c.node)
+        c.executed = True
+        fid = Fid(ino, gen)
+        fd = self.lower.file_fd(fid)
+        total = 0
+        try:
+            for offset, data in pieces:
+                if flags & WriteFlag.APPEND:
+                    offset = os.fstat(fd).st_size
+                done = os.pwrite(fd, data, offset)
+                total += done
+                if done < len(data):
+                    break
+        finally:
+            if total:
+                self._note_unstable(fid, c.node)
+                self.bytes_written += total
+        if flags & WriteFlag.KILL_PRIV:
+            kill_priv(fd)
+        return [total]
 
     async def _sync(self, c: _Context) -> list[Any]:
         c.executed = True

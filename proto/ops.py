@@ -75,6 +75,7 @@ class Op(IntEnum):
     REMOVEXATTR = 21
     REAP = 22
     SYNC = 23
+    WRITES = 24
 
 
 class OpFlag(IntEnum):
@@ -128,6 +129,7 @@ REQUESTS: dict[Op, tuple[str, ...]] = {
     Op.REMOVEXATTR: (*_OBJ, "v"),
     Op.REAP: _OBJ,
     Op.SYNC: (),
+    Op.WRITES: (*_OBJ, "I", "v"),  # WriteFlag, pack_writes
 }
 
 REPLIES: dict[Op, tuple[str, ...]] = {
@@ -154,6 +156,7 @@ REPLIES: dict[Op, tuple[str, ...]] = {
     Op.REMOVEXATTR: (),
     Op.REAP: (),
     Op.SYNC: (),
+    Op.WRITES: ("Q",),  # bytes written, of all together
 }
 
 _REQUEST = Struct("!HHIIQ")  # op, flags, uid, gid, lowest sequence whose reply the client still may need
@@ -288,6 +291,36 @@ class Entry(NamedTuple):
 
     name: bytes
     attr: Attr
+
+
+_PIECE = Struct("!QI")
+PIECE_BYTES = _PIECE.size
+
+
+def pack_writes(pieces: Sequence[tuple[int, bytes]]) -> bytes:
+    """Encode the data of WRITES: each u64 offset, u32 length, the bytes. They are written in this order."""
+    out = []
+    for offset, data in pieces:
+        out.append(_PIECE.pack(offset, len(data)))
+        out.append(data)
+    return b"".join(out)
+
+
+def unpack_writes(blob: bytes) -> list[tuple[int, memoryview]]:
+    """Decode :func:`pack_writes`; PeerError where the bytes do not end with a piece."""
+    view = memoryview(blob)
+    pieces = []
+    at = 0
+    while at < len(view):
+        if at + _PIECE.size > len(view):
+            raise PeerError("a batch of writes is cut short")
+        offset, size = _PIECE.unpack_from(view, at)
+        at += _PIECE.size
+        if at + size > len(view):
+            raise PeerError(f"a write of {size} bytes exceeds the {len(view) - at} that came")
+        pieces.append((offset, view[at : at + size]))
+        at += size
+    return pieces
 
 
 _NAME = Struct("!B")

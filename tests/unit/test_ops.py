@@ -39,6 +39,7 @@ CASES: dict[Op, tuple[list[Any], list[Any]]] = {
     Op.REMOVEXATTR: ([*OBJ, b"user.a"], []),
     Op.REAP: (OBJ, []),
     Op.SYNC: ([], []),
+    Op.WRITES: ([*OBJ, 1, ops.pack_writes([(0, b"one"), (1 << 40, b""), (3, b"two")])], [6]),
 }
 GRANTS = [Grant(4711, 3, (5 << 40) + 1), Grant(TOP, 5, TOP)]
 
@@ -155,3 +156,18 @@ def test_entries_round_trip_and_no_cut_is_taken(entries: list[Entry]) -> None:
         else:
             with pytest.raises(PeerError, match="cut short"):
                 ops.unpack_entries(packed[:size])
+
+
+def test_a_batch_of_writes_keeps_order_and_refuses_what_is_cut() -> None:
+    pieces = [(5, b"abc"), (0, b""), (1 << 62, b"x" * 300)]
+    blob = ops.pack_writes(pieces)
+    assert [(offset, bytes(data)) for offset, data in ops.unpack_writes(blob)] == pieces
+    ends = {0}
+    for _offset, data in pieces:
+        ends.add(max(ends) + ops.PIECE_BYTES + len(data))
+    for size in range(len(blob)):
+        if size in ends:
+            assert len(ops.unpack_writes(blob[:size])) < len(pieces)
+        else:
+            with pytest.raises(PeerError):
+                ops.unpack_writes(blob[:size])
