@@ -138,10 +138,13 @@ class Demo:
                 self._lab.move_home(name)
                 slowest_s = max(slowest_s, time.monotonic() - begun)
             time.sleep(0.5)
-        finally:
             self._at("n1", "load/stop").touch()
-            counts = {name: self._finish(name, worker) for name, worker in workers.items()}
-        done = {name: int(count) for name, count in counts.items()}
+            done = {name: int(self._finish(name, worker)) for name, worker in workers.items()}
+        except BaseException:
+            # The reason is what went wrong first, not that the work then waits for a volume that does not answer.
+            for worker in workers.values():
+                worker.kill()
+            raise
         for name, count in done.items():
             for reader in NODES:
                 if len(list(self._at(reader, f"load/{name}").iterdir())) != count:
