@@ -1,6 +1,7 @@
 """Runs the lock cache of this node: its effects become netlink messages, wake-ups and invalidations."""
 
 import asyncio
+import errno
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -249,12 +250,18 @@ class LockClient:
         if self.kernel is not None:
             if self.kernel.has_epoch:
                 self.kernel.inc_epoch()
-            self.kernel.inval_attributes(self._nodeid_of(ino))
+            _check(self.kernel.inval_attributes(self._nodeid_of(ino)))
 
     def _invalidate_ranges(self, ino: int, ranges: list[tuple[int, int]]) -> None:
         if self.kernel is not None:
             for offset, length in ranges:
-                self.kernel.inval_pages(self._nodeid_of(ino), offset, length)
+                _check(self.kernel.inval_pages(self._nodeid_of(ino), offset, length))
+
+
+def _check(code: int) -> None:
+    """What the kernel did not drop is still read: the lock must stay. A mount that is gone caches nothing."""
+    if code not in (0, errno.ENODEV, errno.ENOTCONN):
+        raise OSError(code, f"invalidating kernel caches: {os.strerror(code)}")
 
 
 def _gaps(in_flight: dict[int, tuple[int, int]]) -> list[tuple[int, int]]:
