@@ -212,7 +212,7 @@ class LockClient:
         revocation = node.revocation = Revocation(self.cache.data_mode(ino))
         while True:
             while node.serving:
-                await asyncio.sleep(0)
+                await asyncio.sleep(_STUCK_S / 4)
             revocation.again = False
             gaps = _gaps(node.in_flight)
             passes = {self._pass(ino, gaps)}
