@@ -229,6 +229,8 @@ class HomeService:
                 code = exc.errno or errno.EIO
             except (ValueError, OverflowError):  # a number or a string that no system call takes
                 code = errno.EINVAL
+            except PeerError as exc:
+                code = exc.errno
             finally:
                 context.unlock()
             # An error tells of what was seen too: that a name is there, or is gone.
@@ -664,7 +666,7 @@ class HomeService:
 
     async def _writes(self, c: _Context, ino: int, gen: int, flags: int, blob: bytes) -> list[Any]:
         pieces = unpack_writes(blob)
-        if not self.held_by(c.node, ino, LockMode.PW):
+        if not self.held_by(c.node, ino, LockMode.PW) or self.must_commit(ino, c.node):
             await c.lock((ino, LockMode.CW))
             await self.commit_before(ino, c.node)
         c.executed = True
