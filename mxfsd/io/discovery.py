@@ -236,3 +236,4 @@ class Discovery:
         if self._stream is not None:
             self._stream.close()
             self._stream = None
+            await asyncio.sleep(0)  # the transport closes its socket in the loop's next turn

@@ -1,12 +1,8 @@
 """Discovery: the record and its datagram, and real announcements by peer=, broadcast= and multicast."""
 
 import asyncio
-import ctypes
-import os
-import shutil
 import socket
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 from uuid import UUID
@@ -14,6 +10,7 @@ from uuid import UUID
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from netspaces import two_namespaces
 
 from mxfs_proto import discovery as wire
 from mxfs_proto.discovery import Announcement
@@ -293,75 +290,24 @@ async def test_an_interface_that_is_not_there_and_a_network_that_is_down() -> No
     await up.discovery.close()
 
 
-CLONE_NEWNET = 0x40000000
-
-
-class Namespaces:
-    """Two network namespaces joined by a veth pair; sockets stay in the one they were made in."""
-
-    def __init__(self) -> None:
-        self._libc = ctypes.CDLL(None, use_errno=True)
-        self._home = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
-        self.fds: list[int] = []
-
-    def _call(self, result: int) -> None:
-        if result != 0:
-            raise OSError(ctypes.get_errno(), "network namespace")
-
-    def build(self) -> None:
-        for _ in range(2):
-            self._call(self._libc.unshare(CLONE_NEWNET))
-            self.fds.append(os.open("/proc/thread-self/ns/net", os.O_RDONLY))
-        # This thread, and so its children and /proc/PID/ns/net, are in the second namespace now.
-        in_first = ["nsenter", f"--net=/proc/{os.getpid()}/fd/{self.fds[0]}"]
-        for command in (
-            [*in_first, "ip", "link", "add", "va", "type", "veth", "peer", "name", "vb", "netns", str(os.getpid())],
-            [*in_first, "ip", "addr", "add", "10.77.0.1/24", "dev", "va"],
-            [*in_first, "ip", "link", "set", "va", "up"],
-            [*in_first, "ip", "link", "add", "other", "type", "veth", "peer", "name", "unused"],
-            [*in_first, "ip", "link", "set", "other", "up"],
-            ["ip", "addr", "add", "10.77.0.2/24", "dev", "vb"],
-            ["ip", "link", "set", "vb", "up"],
-        ):
-            subprocess.run(command, check=True, capture_output=True)
-
-    def enter(self, which: int) -> None:
-        self._call(self._libc.setns(self.fds[which], CLONE_NEWNET))
-
-    def close(self) -> None:
-        self._call(self._libc.setns(self._home, CLONE_NEWNET))
-        for fd in (self._home, *self.fds):
-            os.close(fd)  # the last reference: the kernel removes namespace and interfaces
-
-
-@pytest.fixture
-def namespaces() -> Iterator[Namespaces]:
-    if os.geteuid() != 0 or not (shutil.which("ip") and shutil.which("nsenter")):
-        pytest.skip("needs root, ip and nsenter, to make network namespaces")
-    made = Namespaces()
-    try:
-        made.build()
-        yield made
-    finally:
-        made.close()
-
-
-async def test_multicast_between_two_namespaces(namespaces: Namespaces) -> None:
+@pytest.mark.needs("netns")
+async def test_multicast_between_two_namespaces() -> None:
     """Neither has a default route: iface= must be enough."""
-    namespaces.enter(0)
-    a = Node(DiscoveryConfig(iface="va"))
-    await a.discovery.start()
-    deaf = Node(DiscoveryConfig(iface="other"))
-    await deaf.discovery.start()
-    namespaces.enter(1)
-    b = Node(DiscoveryConfig(iface="vb"))
-    await b.discovery.start()
-    await a.discovery.announce(ONE)
-    await b.until(lambda: len(b.heard) == 1)
-    await b.discovery.announce(TWO)
-    await a.until(lambda: len(a.heard) == 1)
-    assert a.heard[0] == (replace(TWO, counter=1), "10.77.0.2")
-    assert b.heard[0] == (replace(ONE, counter=1), "10.77.0.1")
-    assert deaf.heard == []
-    for node in (a, b, deaf):
-        await node.discovery.close()
+    with two_namespaces() as namespaces:
+        namespaces.enter(0)
+        a = Node(DiscoveryConfig(iface="va"))
+        await a.discovery.start()
+        deaf = Node(DiscoveryConfig(iface="other"))
+        await deaf.discovery.start()
+        namespaces.enter(1)
+        b = Node(DiscoveryConfig(iface="vb"))
+        await b.discovery.start()
+        await a.discovery.announce(ONE)
+        await b.until(lambda: len(b.heard) == 1)
+        await b.discovery.announce(TWO)
+        await a.until(lambda: len(a.heard) == 1)
+        assert a.heard[0] == (replace(TWO, counter=1), "10.77.0.2")
+        assert b.heard[0] == (replace(ONE, counter=1), "10.77.0.1")
+        assert deaf.heard == []
+        for node in (a, b, deaf):
+            await node.discovery.close()
