@@ -375,7 +375,7 @@ class FileIO:
         if state.gate is not None:
             await state.pass_gate()
         if state.lower is not None:
-            await asyncio.get_running_loop().run_in_executor(None, state.lower.sync, node.fid)
+            await state.in_lower(functools.partial(state.lower.sync, node.fid))
         else:
             await state.link.ship(Op.FSYNC, 0, 0, (*node.fid, int(datasync)))
             await node.settle()

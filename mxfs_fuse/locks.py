@@ -3,7 +3,7 @@
 import asyncio
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import structlog
@@ -35,12 +35,14 @@ class LockClient:
         nodes: dict[int, Node],
         send: Callable[[Record], None],
         sync: Callable[[int], Callable[[], None] | None],
+        in_lower: Callable[[Callable[[], None]], Awaitable[None]],
         nodeid_of: Callable[[int], int],
         on_released: Callable[[int], None],
     ) -> None:
         self._nodes = nodes
         self._send = send
         self._sync = sync
+        self._in_lower = in_lower
         self._nodeid_of = nodeid_of
         self._on_released = on_released
         self.cache = LockCache(False, opens_of=self._opens_of, has_cached_writer=self._has_cached_writer)
@@ -195,7 +197,7 @@ class LockClient:
         sync = self._sync(ino)
         if sync is not None:
             # What cannot be made durable must not be seen by another node: an error here keeps the lock.
-            await self._in_thread(sync)
+            await self._in_lower(sync)
         self.run(self.cache.invalidated(now_ms(), ino))
         if node is not None and node.revocation is not None:
             revocation, node.revocation = node.revocation, None
@@ -216,7 +218,11 @@ class LockClient:
             revocation.again = False
             gaps = _gaps(node.in_flight)
             passes = {self._pass(ino, gaps)}
-            while not (await asyncio.wait(passes, timeout=_STUCK_S, return_when=asyncio.FIRST_COMPLETED))[0]:
+            ended: set[asyncio.Task[None]] = set()
+            while not ended:
+                ended, _ = await asyncio.wait(passes, timeout=_STUCK_S, return_when=asyncio.FIRST_COMPLETED)
+                if ended:
+                    break
                 revocation.serve = True
                 revocation.wake()
                 now = _gaps(node.in_flight)
@@ -225,6 +231,8 @@ class LockClient:
                     # folio out does the work. The one that waits for the folio ends when the WRITE is answered.
                     gaps = now
                     passes.add(self._pass(ino, gaps))
+            for task in ended:
+                task.result()
             # From here to the release none may begin; one still on its way to its answer needs another pass too.
             revocation.serve = False
             if not revocation.again and not node.serving:

@@ -75,6 +75,7 @@ class Server:
         self._lease_timer: asyncio.TimerHandle | None = None
         self._lost = asyncio.Event()
         self._lapsed = False
+        self._leaving: asyncio.Task[None] | None = None
         self._drops: list[tuple[Node, asyncio.Future[None]]] = []
         self._frozen = True
 
@@ -183,7 +184,7 @@ class Server:
             if self._held_back is not None:
                 self._go_on()
         elif frame.type is FrameType.FREEZE:
-            self._leave_lower()
+            self._leaving = asyncio.get_running_loop().create_task(self._leave_lower())
 
     # -- records ---------------------------------------------------------------------------------------------------
 
@@ -266,15 +267,13 @@ class Server:
         state.link.suspend()
         state.locks.suspend()
 
-    def _leave_lower(self) -> None:
+    async def _leave_lower(self) -> None:
         """The home is about to unmount: close everything below."""
         state = self.state
         assert state is not None and self.operations is not None and self._conn is not None
         self._freeze()
         self.operations.io.close_lower()
-        lower, state.lower = state.lower, None
-        if lower is not None:
-            lower.close()
+        await state.leave_lower()
         self._conn.send(FrameType.FREEZE, [pack_json({})])
 
     def _reclaim(self, epoch: int) -> None:

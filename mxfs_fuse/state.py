@@ -19,6 +19,7 @@ _FUSE_ROOT = 1
 _PR = LockMode.PR
 _EX = LockMode.EX
 _DIRTY_MAX = 1 << 16
+_POLL_S = 0.001
 
 
 class State:
@@ -29,7 +30,7 @@ class State:
         self.readonly = readonly
         self.nodes: dict[int, Node] = {}
         self.link = OperationLink(self._adopt)
-        self.locks = LockClient(self.nodes, send, self._sync_of, self.nodeid_of, self._lock_lost)
+        self.locks = LockClient(self.nodes, send, self._sync_of, self.in_lower, self.nodeid_of, self._lock_lost)
         self.lower: Lower | None = None
         self.kernel: KernelNotifier | None = None
         self.gate: asyncio.Event | None = asyncio.Event()
@@ -37,6 +38,8 @@ class State:
         self.lease_until_ms = 0
         self.changes = 0
         """Begins and ends of this node's own shipped changes."""
+        self._lower_users = 0
+        """Threads that work on the lower mount."""
         self.losses = 0
         """Locks lost so far: while it stays the same, whatever was read under a lock is still current."""
         self.lease_margin_ms = kernel_cache_ms // 8
@@ -200,7 +203,7 @@ class State:
             if lower is not None:
                 self._dirty.clear()
                 try:
-                    await asyncio.get_running_loop().run_in_executor(None, lower.syncfs)
+                    await self.in_lower(lower.syncfs)
                 except OSError:
                     self._dirty |= before
                     raise
@@ -222,6 +225,22 @@ class State:
                 lower.syncfs()
 
         return sync
+
+    async def in_lower(self, work: Callable[[], None]) -> None:
+        """Run *work* on the lower mount in a thread; the mount is not left before it ends."""
+        self._lower_users += 1
+        try:
+            await asyncio.get_running_loop().run_in_executor(None, work)
+        finally:
+            self._lower_users -= 1
+
+    async def leave_lower(self) -> None:
+        """Close the lower mount; what still runs on it ends first. The gate is closed, so nothing new begins."""
+        lower, self.lower = self.lower, None
+        while self._lower_users:
+            await asyncio.sleep(_POLL_S)
+        if lower is not None:
+            lower.close()
 
     # -- in the background -----------------------------------------------------------------------------------------
 

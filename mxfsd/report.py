@@ -33,7 +33,7 @@ def status_report(daemon: "Daemon") -> dict[str, Any]:
                 "incarnation": view.incarnation,
                 "age_ms": view.age_ms,
                 "home": view.slot == daemon.home_slot,
-                "address": str(view.addresses[0]) if view.addresses else "",
+                "address": f"{view.addresses[0].host}:{view.addresses[0].port}" if view.addresses else "",
             }
         )
     home = daemon.home
