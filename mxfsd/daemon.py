@@ -93,6 +93,8 @@ class Daemon:
         self.awaited: set[int] = set()
         self.grace_until_ms = 0
         self.serving = False
+        self._leaving_home = False
+        """The home is being given away: it must not begin to serve again by itself."""
         self.evicted: set[tuple[int, int]] = set()
         self.client_lease_until_ms = 0
         self._claimed_until_ms = 0
@@ -303,6 +305,7 @@ class Daemon:
             self._on_silent,
         )
         self.serving = False
+        self._leaving_home = False
         self.awaited = set(members)
         self.grace_until_ms = now_ms() + self.timeouts.grace_ms
         if self.finder is not None:
@@ -355,7 +358,7 @@ class Daemon:
 
     def _maybe_serve(self) -> None:
         """All nodes have said what they hold, or had their time for it: begin."""
-        if self.home is None or self.serving:
+        if self.home is None or self.serving or self._leaving_home:
             return
         if self.awaited and now_ms() < self.grace_until_ms:
             return
@@ -388,6 +391,7 @@ class Daemon:
         assert self.heartbeat is not None and self.fuse is not None
         log.info("moving the home", target=target)
         self.serving = False
+        self._leaving_home = True
         for conn in self.peers.values():
             conn.send(FrameType.FREEZE, pack_json({"epoch": self.epoch}), epoch=self.epoch)
         self.fuse.freeze(self.epoch, 0)
@@ -444,6 +448,7 @@ class Daemon:
     async def _serve_on(self, role: HomeRole) -> None:
         lower = await asyncio.to_thread(self._mount_again)
         role.replace_lower(lower)
+        self._leaving_home = False
         self.serving = True
         for conn in self.peers.values():
             conn.send(FrameType.RESUME, pack_json({"epoch": self.epoch}), epoch=self.epoch)

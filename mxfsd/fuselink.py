@@ -54,6 +54,7 @@ class FuseLink:
         self.attached = asyncio.Event()
         self.gone = asyncio.Event()
         self._resumed = False
+        self._netlink_ended = False
         self.pid = 0
 
     # -- life ------------------------------------------------------------------------------------------------------
@@ -144,7 +145,9 @@ class FuseLink:
     def _greet(self) -> None:
         if self._welcome is None or self._hello is None or self._conn is None or self._netlink is not None:
             return
-        self._netlink = NetlinkEndpoint(self._on_record, volume_id(self._volume.bytes))
+        if self._netlink_ended:
+            return
+        self._netlink = NetlinkEndpoint(self._on_record, volume_id(self._volume.bytes), on_lost=self._netlink_lost)
         portid = self._netlink.open()
         self._netlink.connect(int(self._hello["portid"]))
         self._conn.send(FrameType.WELCOME, [pack_json({**self._welcome, "portid": portid})])
@@ -158,6 +161,11 @@ class FuseLink:
             )
         )
         self.attached.set()
+
+    def _netlink_lost(self, _error: MxfsError) -> None:
+        """Its socket is gone: the process has ended, or will have in a moment; see _watch."""
+        self._netlink = None
+        self._netlink_ended = True
 
     # -- sending ---------------------------------------------------------------------------------------------------
 
