@@ -10,6 +10,7 @@ from pathlib import Path
 import diskimage
 
 from mxfsd.io import libc
+from mxfsd.io import lower as lower_module
 from mxfsd.io.lower import Lower
 
 _PR_GET_SECUREBITS, _PR_SET_SECUREBITS = 27, 28
@@ -40,6 +41,7 @@ def keep_process() -> Iterator[None]:
     finally:
         os.umask(umask)
         prctl(_PR_SET_SECUREBITS, bits, 0, 0, 0)
+        vars(lower_module._thread).clear()  # what it noted of this thread's bits
 
 
 def mount(device: str, *, readonly: bool = False) -> Lower:
