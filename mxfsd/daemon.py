@@ -413,6 +413,7 @@ class Daemon:
             "slot": target,
             "epoch": self.epoch + 1,
             "members": [*members, self.slot, target],
+            "evicted": sorted(self.evicted),
         }
         self.home = None
         for conn in list(self.peers.values()):
@@ -477,6 +478,7 @@ class Daemon:
                 self.spawn(self.client.follow())
                 return
             members = {int(slot) for slot in fields["members"]} - {self.slot}
+            self.evicted.update((int(slot), int(incarnation)) for slot, incarnation in fields["evicted"])
             await self._become_home(held, members)
 
     def _hold_device(self) -> bool:
