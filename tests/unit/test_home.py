@@ -427,10 +427,13 @@ async def test_in_the_grace_period_no_orphan_is_freed(home: Home, lower: GatedLo
     fresh = Home(lower)
     fresh.master = fresh.service.master = LockMaster(HOME, Timeouts.named("fast"))
     fresh.service.reap_all()
-    fresh.run(fresh.master.reclaim(0, B, file.ino, LockMode.NL, (1, 0)))
+    await turns()
+    assert lower.orphans() == [file], "nobody has said yet what it has open"
+    fresh.run(fresh.master.reclaim(0, C, lower.root.ino, LockMode.PR, (0, 0)))
     fresh.service.reap_all()
     await turns()
-    assert not fresh.service._running
+    fresh.run(fresh.master.reclaim(0, B, file.ino, LockMode.NL, (1, 0)))
+    assert lower.orphans() == [file]
     fresh.run(fresh.master.grace_over(0))
     fresh.service.reap_all()
     await until(fresh.idle)
@@ -459,6 +462,25 @@ async def test_opens_under_a_lock_of_another_node_are_asked_for(home: Home, lowe
     home.opens[B, file.ino] = (0, 1)  # said in the answer to the BAST, not before
     await home.do(A, Op.UNLINK, *base, b"file", *file)
     assert lower.orphans() == [file]
+
+
+async def test_a_name_that_changed_during_the_wait_is_looked_at_again(home: Home, lower: GatedLower, base: Fid) -> None:
+    """The locks must be those of what stands under the name when the operation runs."""
+    file, other = await home.make(A, base, b"file"), await home.make(A, base, b"other")
+    parents = (fid_of(lower.mkdir(base, b"d%d" % n, 0o755, 0, 0)) for n in range(64))
+    parent = next(fid for fid in parents if fid.ino > file.ino)  # so that the file is locked first
+    lower.link(file, parent, b"name")
+    for held in (file, other):
+        home.run(home.master.request(0, B, held.ino, held.ino, LockMode.EX))
+        await until(lambda held=held: home.master.mode_of(B, held.ino) == LockMode.EX)
+    home.silent = {B}
+    home.opens[B, other.ino] = (0, 1)  # said only in the answer to a BAST
+    unlink = home.start(A, Op.UNLINK, *parent, b"name", *NO_FID)
+    await turns()
+    lower.rename(base, b"other", parent, b"name", 0, None)
+    home.answer_all()
+    assert (await unlink).values == [*other, other.ino, 1]
+    assert lower.orphans() == [other]
 
 
 async def test_rename_over_a_file_open_elsewhere(home: Home, lower: GatedLower, base: Fid) -> None:

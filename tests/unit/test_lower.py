@@ -265,6 +265,8 @@ def test_ids_of_what_is_made(lower: Lower, base: Fid) -> None:
     assert [(row.uid, row.gid) for row in rows] == [(1000, 2000)] * 3
     assert stat.S_IMODE(rows[0].mode) == 0o1777, "no umask on the home"
     assert stat.S_IMODE(rows[2].mode) == 0o666
+    status = Path("/proc/thread-self/status").read_text()
+    assert [line.split()[4] for line in status.splitlines() if line[:4] in ("Uid:", "Gid:")] == ["0", "0"]
     mine = make(lower, base, b"root's")
     assert lower.getattr(mine)[4:6] == (0, 0), "the ids are put back"
     with fails(errno.EEXIST):
