@@ -7,6 +7,7 @@ this process imports neither cryptography nor pyroute2, pyfuse3, structlog or as
 """
 
 import errno
+import getopt
 import os
 import stat
 import sys
@@ -62,8 +63,6 @@ class Arguments:
 
 def parse_arguments(argv: Sequence[str]) -> Arguments:
     """Parse mount(8)'s call of a helper: SPEC and DIR first, flags after; options may be given several times."""
-    import getopt
-
     try:
         flags, operands = getopt.gnu_getopt(list(argv), "sfnvrwo:t:N:")
     except getopt.GetoptError as error:
