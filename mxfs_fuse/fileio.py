@@ -13,6 +13,7 @@ from typing import Any
 
 from pyfuse3 import FileHandleT, FileInfo
 
+from mxfs_fuse.locks import PAGE
 from mxfs_fuse.nodes import Handle, Node
 from mxfs_fuse.state import State
 from mxfs_proto.lockflags import LockFlag
@@ -39,6 +40,11 @@ def _always_direct(flags: int) -> bool:
     twice the upcalls.
     """
     return bool(flags & (os.O_APPEND | os.O_DIRECT)) or flags & os.O_ACCMODE == os.O_WRONLY
+
+
+def _share_page(start: int, stop: int, offset: int, size: int) -> bool:
+    """Whether the bytes from *start* to *stop* lie on a page of *size* bytes at *offset*."""
+    return start // PAGE * PAGE < offset + size and offset // PAGE * PAGE < stop
 
 
 class FileIO:
@@ -182,8 +188,10 @@ class FileIO:
         """READ upcall."""
         handle = self.handles[fh]
         state = self.state
-        needed = _PW if handle.node.cached_writers else _PR
-        if handle.fd >= 0 and state.gate is None and state.locks.mode(handle.ino) >= needed:
+        node = handle.node
+        needed = _PW if node.cached_writers else _PR
+        if handle.fd >= 0 and state.gate is None and state.locks.mode(handle.ino) >= needed and not node.writes:
+            node.refilled = True
             data = os.pread(handle.fd, size, off)
             self.bytes_read += len(data)
             return data
@@ -201,7 +209,12 @@ class FileIO:
             while True:
                 # A node with a cached writer fills its pages under PW only (see locks._gaps).
                 if await self._usable(node, _PW if node.cached_writers else _PR):
+                    older = [end for start, stop, end in node.writes.values() if _share_page(start, stop, off, size)]
+                    if older:
+                        await asyncio.wait(older)
+                        continue
                     del node.in_flight[serial]
+                    node.refilled = True
                     node.serving += 1
                     try:
                         return await self._pread(handle, off, size)
@@ -212,7 +225,7 @@ class FileIO:
         finally:
             node.in_flight.pop(serial, None)
 
-    async def _usable(self, node: Node, needed: LockMode) -> bool:
+    async def _usable(self, node: Node, needed: LockMode, write: int = -1) -> bool:
         """Whether an upcall of a cached descriptor may run now; waits for what is missing otherwise."""
         state = self.state
         ino = node.fid.ino
@@ -224,7 +237,11 @@ class FileIO:
         if revocation is not None:
             if revocation.serve and revocation.held >= needed:
                 return True
-            await revocation.wait()
+            node.late |= {write} & node.writes.keys()
+            try:
+                await revocation.wait()
+            finally:
+                node.late.discard(write)
         else:
             await state.locks.want(ino, needed)
         return False
@@ -242,7 +259,10 @@ class FileIO:
         """WRITE upcall."""
         handle = self.handles[fh]
         state = self.state
-        if handle.fd >= 0 and state.gate is None and state.locks.mode(handle.ino) >= _PW:
+        again = handle.node.first_write and handle.node.refilled and not handle.direct
+        if handle.fd >= 0 and state.gate is None and state.locks.mode(handle.ino) >= _PW and not again:
+            if not handle.direct:
+                handle.node.first_write = False
             return self._pwrite(handle, off, buf)
         if handle.direct:
             if state.gate is not None:
@@ -256,21 +276,32 @@ class FileIO:
         node = handle.node
         serial = next(self._serial)
         node.in_flight[serial] = (off, off + len(buf))
+        answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        node.writes[serial] = (off, off + len(buf), answered)
+        # Its folios may have been dropped, and read again, between the kernel's filling them and this upcall.
+        again = node.first_write and node.refilled
+        node.first_write = False
         try:
             while True:
-                if await self._usable(node, _PW):
+                if await self._usable(node, _PW, serial):
                     del node.in_flight[serial]
                     node.serving += 1
                     try:
                         if self.state.lower is not None:
-                            return self._pwrite(handle, off, buf)
-                        return await self._ship_write(handle, off, buf)
+                            done = self._pwrite(handle, off, buf)
+                        else:
+                            done = await self._ship_write(handle, off, buf)
+                        if again:
+                            await self.state.locks.drop_written(node, off, len(buf))
+                        return done
                     finally:
                         node.serving -= 1
                         if node.revocation is not None:
                             node.revocation.again = True
         finally:
             node.in_flight.pop(serial, None)
+            del node.writes[serial]
+            answered.set_result(None)
 
     def _pwrite(self, handle: Handle, off: int, buf: bytes) -> int:
         node = handle.node

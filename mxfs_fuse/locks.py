@@ -170,7 +170,12 @@ class LockClient:
         self.run(self.cache.on_bast(now_ms(), record.ino, record.seq, record.mode, record.flags))
 
     def _start_invalidation(self, effect: Invalidate) -> None:
-        task = asyncio.get_running_loop().create_task(self._revoke(effect.ino, effect.target))
+        node = self._nodes.get(effect.ino)
+        revocation = None
+        if node is not None and node.may_have_pages and not covers(effect.target, LockMode.PR):
+            # From now on, not from when the task begins: every upcall that comes waits for it, or is served by it.
+            revocation = node.revocation = Revocation(self.cache.data_mode(effect.ino))
+        task = asyncio.get_running_loop().create_task(self._revoke(effect.ino, effect.target, revocation))
         self._tasks.add(task)
         task.add_done_callback(self._revoked)
 
@@ -180,7 +185,7 @@ class LockClient:
             # The lock stays ours: what could not be invalidated or made durable must not be seen by another node.
             log.error("a lock could not be given up", exc_info=task.exception())
 
-    async def _revoke(self, ino: int, target: LockMode) -> None:
+    async def _revoke(self, ino: int, target: LockMode, revocation: Revocation | None) -> None:
         """Make the kernel drop what *target* does not cover, make local changes durable, then release."""
         node = self._nodes.get(ino)
         keeps = covers(target, LockMode.PR)
@@ -190,8 +195,8 @@ class LockClient:
             self._on_released(ino)
         if node is not None and not keeps:
             node.forget_cached()
-            if node.may_have_pages:
-                await self._drop_pages(node)
+            if revocation is not None:
+                await self._drop_pages(node, revocation)
             else:
                 await self._in_thread(self._drop_attributes, ino)
         sync = self._sync(ino)
@@ -199,11 +204,12 @@ class LockClient:
             # What cannot be made durable must not be seen by another node: an error here keeps the lock.
             await self._in_lower(sync)
         self.run(self.cache.invalidated(now_ms(), ino))
-        if node is not None and node.revocation is not None:
-            revocation, node.revocation = node.revocation, None
+        if node is not None and revocation is not None:
+            if node.revocation is revocation:  # and not that of a pass which has just begun
+                node.revocation = None
             revocation.wake()
 
-    async def _drop_pages(self, node: Node) -> None:
+    async def _drop_pages(self, node: Node, revocation: Revocation) -> None:
         """Invalidate all pages, repeated until no upcall was answered during a pass.
 
         Upcalls that arrive now are held back, so the number of passes is bounded by the threads that use the file.
@@ -211,12 +217,11 @@ class LockClient:
         held.
         """
         ino = node.fid.ino
-        revocation = node.revocation = Revocation(self.cache.data_mode(ino))
         while True:
             while node.serving:
                 await asyncio.sleep(_STUCK_S / 4)
             revocation.again = False
-            gaps = _gaps(node.in_flight)
+            gaps = self._gaps_beside(node, revocation.held)
             passes = {self._pass(ino, gaps)}
             ended: set[asyncio.Task[None]] = set()
             while not ended:
@@ -225,7 +230,7 @@ class LockClient:
                     break
                 revocation.serve = True
                 revocation.wake()
-                now = _gaps(node.in_flight)
+                now = self._gaps_beside(node, revocation.held)
                 if node.cached_writers and revocation.held < LockMode.PW and now != gaps:
                     # A WRITE came during the pass and cannot be answered under what is held: a pass that leaves its
                     # folio out does the work. The one that waits for the folio ends when the WRITE is answered.
@@ -237,8 +242,29 @@ class LockClient:
             revocation.serve = False
             if not revocation.again and not node.serving:
                 break
+        node.expect_old_write()
+        node.refilled = False
+        for task in passes:
+            if not task.done():
+                task.add_done_callback(lambda _done: node.expect_old_write())
         if not node.in_flight and not node.opens_r and not node.opens_w:
             node.may_have_pages = False
+
+    @staticmethod
+    def _gaps_beside(node: Node, held: LockMode) -> list[tuple[int, int]]:
+        """What a pass invalidates. Under a lock for writing a WRITE that has come too late for it may have folios that
+        were up to date (and are not locked): they must go. Where they are locked, the WRITE is answered. One that has
+        waited for a lock since before has none that are up to date."""
+        if held < LockMode.PW:
+            return _gaps(node.in_flight)
+        return _gaps({serial: span for serial, span in node.in_flight.items() if serial not in node.late})
+
+    async def drop_written(self, node: Node, offset: int, length: int) -> None:
+        """Drop the pages of a WRITE that is executed and not answered yet; those that it has locked are not waited for:
+        they are not up to date."""
+        late = (await asyncio.wait({self._pass(node.fid.ino, [(offset, length)])}, timeout=_STUCK_S))[1]
+        for task in late:
+            task.add_done_callback(lambda _done: node.expect_old_write())
 
     def _pass(self, ino: int, ranges: list[tuple[int, int]]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(self._in_thread(self._invalidate_ranges, ino, ranges))

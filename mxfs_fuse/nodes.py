@@ -52,7 +52,9 @@ class Node:
         "changes",
         "confirmed",
         "fid",
+        "first_write",
         "in_flight",
+        "late",
         "may_have_pages",
         "misses",
         "names",
@@ -63,11 +65,13 @@ class Node:
         "opens_r",
         "opens_w",
         "privileged",
+        "refilled",
         "registered",
         "removing",
         "revocation",
         "serving",
         "settled",
+        "writes",
     )
 
     def __init__(self, fid: Fid) -> None:
@@ -108,6 +112,16 @@ class Node:
         self.in_flight: dict[int, tuple[int, int]] = {}
         """READ and WRITE upcalls of cached descriptors that wait: serial -> (offset, end). The kernel may hold their
         folios locked."""
+        self.writes: dict[int, tuple[int, int, asyncio.Future[None]]] = {}
+        """WRITE upcalls of cached descriptors that are not answered: serial -> (offset, end, future of its end). The
+        kernel holds their folios locked, but not those that were up to date: these may be invalidated and read again
+        meanwhile, and a READ that the home runs before the WRITE would leave old data in the cache."""
+        self.late: set[int] = set()
+        """Those of them that came during a revocation and wait for it: they are answered where it waits for them."""
+        self.first_write = False
+        """No WRITE has come since the last invalidation: the next one may be older than that, and than READs since."""
+        self.refilled = False
+        """A READ was answered since the last invalidation and before a WRITE came."""
         self.serving = 0
         """READ and WRITE upcalls that run just now under the lock."""
         self.revocation: Revocation | None = None
@@ -118,6 +132,10 @@ class Node:
     def opens(self) -> tuple[int, int]:
         """Descriptors open for reading, for writing."""
         return (self.opens_r, self.opens_w)
+
+    def expect_old_write(self) -> None:
+        """Pages were dropped just now."""
+        self.first_write = True
 
     def forget_cached(self) -> None:
         """Drop what was read under a lock that is no longer held."""
