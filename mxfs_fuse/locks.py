@@ -84,11 +84,6 @@ class LockClient:
         self.run(effects)
         return await future
 
-    async def acquire(self, ino: int, mode: LockMode) -> None:
-        """Return when this node holds a lock that covers *mode*."""
-        while not covers(self.mode(ino), mode):
-            await self.want(ino, mode)
-
     def report_opens(self, node: Node) -> None:
         """Tell the master the open counts of a file on which this node holds no lock that hides them."""
         if node.opens != node.registered:

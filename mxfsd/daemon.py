@@ -318,8 +318,8 @@ class Daemon:
             self._welcome_fuse()
         self._maybe_serve()
 
-    def _mount(self) -> Lower:
-        lower = Lower(libc.mount_detached(self.device, self.options.read_only))
+    def _mount(self, *, exclusive: bool = True) -> Lower:
+        lower = Lower(libc.mount_detached(self.device, self.options.read_only, exclusive=exclusive))
         if not self.options.read_only:
             lower.prepare()
         return lower
@@ -356,6 +356,12 @@ class Daemon:
         else:
             self.fuse.resume(self.epoch, self.home_slot, False, [], -1)
 
+    def _resume_all(self) -> None:
+        """Tell every node, and our own FUSE layer, that this home serves."""
+        for conn in self.peers.values():
+            conn.send(FrameType.RESUME, pack_json({"epoch": self.epoch}), epoch=self.epoch)
+        self._resume_fuse()
+
     def _maybe_serve(self) -> None:
         """All nodes have said what they hold, or had their time for it: begin."""
         if self.home is None or self.serving or self._leaving_home:
@@ -367,9 +373,7 @@ class Daemon:
         self.awaited.clear()
         self.serving = True
         self.home.run(self.home.master.grace_over(now_ms()))
-        for conn in self.peers.values():
-            conn.send(FrameType.RESUME, pack_json({"epoch": self.epoch}), epoch=self.epoch)
-        self._resume_fuse()
+        self._resume_all()
         self.home.service.reap_all()
         log.info("serving", epoch=self.epoch)
 
@@ -447,19 +451,11 @@ class Daemon:
         return False
 
     async def _serve_on(self, role: HomeRole) -> None:
-        lower = await asyncio.to_thread(self._mount_again)
+        lower = await asyncio.to_thread(self._mount, exclusive=False)
         role.replace_lower(lower)
         self._leaving_home = False
         self.serving = True
-        for conn in self.peers.values():
-            conn.send(FrameType.RESUME, pack_json({"epoch": self.epoch}), epoch=self.epoch)
-        self._resume_fuse()
-
-    def _mount_again(self) -> Lower:
-        lower = Lower(libc.mount_detached(self.device, self.options.read_only, exclusive=False))
-        if not self.options.read_only:
-            lower.prepare()
-        return lower
+        self._resume_all()
 
     async def take_home(self, fields: dict[str, Any]) -> None:
         """The home before gave its lease to this node."""
@@ -585,8 +581,12 @@ class Daemon:
             conn.send(FrameType.LEASE_ACK, pack_lease_ack(ack), epoch=self.epoch)
 
     def _may_act_as_home(self) -> bool:
+        return now_ms() < self._home_lease_until_ms()
+
+    def _home_lease_until_ms(self) -> int:
+        """Until when the lease on the disk is ours: by the last renewal, or by the claim before the first one."""
         report = self.heartbeat.report if self.heartbeat is not None else None
-        return now_ms() < max((report.lease_until_ms or 0) if report is not None else 0, self._claimed_until_ms)
+        return max((report.lease_until_ms or 0) if report is not None else 0, self._claimed_until_ms)
 
     async def _asked_to_move(self, conn: PeerConnection, target: int) -> None:
         try:
@@ -680,10 +680,7 @@ class Daemon:
         """Tell the FUSE layer for how long what it caches may be used."""
         if self.fuse is None or not self.fuse.attached.is_set() or not self.serving:
             return
-        until = self.client_lease_until_ms
-        if self.home is not None:
-            report = self.heartbeat.report if self.heartbeat is not None else None
-            until = max((report.lease_until_ms or 0) if report is not None else 0, self._claimed_until_ms)
+        until = self.client_lease_until_ms if self.home is None else self._home_lease_until_ms()
         left = max(0, until - now_ms())
         self.fuse.record(NodeStatus(self.slot, NodeState.ACTIVE, self.epoch, self.home_slot, left))
 
