@@ -9,7 +9,7 @@ import asyncio
 import errno
 import os
 import stat
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from mxfs_proto.errors import PeerError
@@ -592,20 +592,32 @@ class HomeService:
         return [data]
 
     async def _write(self, c: _Context, ino: int, gen: int, offset: int, flags: int, data: bytes) -> list[Any]:
-        if not self.held_by(c.node, ino, LockMode.PW) or self.must_commit(ino, c.node):
-            await c.lock((ino, LockMode.CW))
-            await self.commit_before(ino, c.node)
+        return [*await self._put(c, Fid(ino, gen), flags, [(offset, data)])]
+
+    async def _put(
+        self, c: _Context, fid: Fid, flags: int, pieces: Sequence[tuple[int, bytes | memoryview]]
+    ) -> tuple[int, int]:
+        """Write the pieces in order, up to the first that does not fit: where the last one went, and bytes in all."""
+        if not self.held_by(c.node, fid.ino, LockMode.PW) or self.must_commit(fid.ino, c.node):
+            await c.lock((fid.ino, LockMode.CW))
+            await self.commit_before(fid.ino, c.node)
         c.executed = True
-        fid = Fid(ino, gen)
         fd = self.lower.file_fd(fid)
-        if flags & WriteFlag.APPEND:
-            offset = os.fstat(fd).st_size
-        done = os.pwrite(fd, data, offset)
+        placed = total = 0
+        try:
+            for offset, data in pieces:
+                placed = os.fstat(fd).st_size if flags & WriteFlag.APPEND else offset
+                done = os.pwrite(fd, data, placed)
+                total += done
+                if done < len(data):
+                    break
+        finally:
+            if total:
+                self._note_unstable(fid, c.node)
+                self.bytes_written += total
         if flags & WriteFlag.KILL_PRIV:
             kill_priv(fd)
-        self._note_unstable(fid, c.node)
-        self.bytes_written += done
-        return [offset, done]
+        return placed, total
 
     async def _fsync(self, c: _Context, ino: int, gen: int, datasync: int) -> list[Any]:
         c.executed = True
@@ -665,34 +677,15 @@ class HomeService:
         return []
 
     async def _writes(self, c: _Context, ino: int, gen: int, flags: int, blob: bytes) -> list[Any]:
-        pieces = unpack_writes(blob)
-        if not self.held_by(c.node, ino, LockMode.PW) or self.must_commit(ino, c.node):
-            await c.lock((ino, LockMode.CW))
-            await self.commit_before(ino, c.node)
-        c.executed = True
-        fid = Fid(ino, gen)
-        fd = self.lower.file_fd(fid)
-        total = 0
-        try:
-            for offset, data in pieces:
-                if flags & WriteFlag.APPEND:
-                    offset = os.fstat(fd).st_size
-                done = os.pwrite(fd, data, offset)
-                total += done
-                if done < len(data):
-                    break
-        finally:
-            if total:
-                self._note_unstable(fid, c.node)
-                self.bytes_written += total
-        if flags & WriteFlag.KILL_PRIV:
-            kill_priv(fd)
-        return [total]
+        return [(await self._put(c, Fid(ino, gen), flags, unpack_writes(blob)))[1]]
 
     async def _sync(self, c: _Context) -> list[Any]:
         c.executed = True
+        before = dict(self._unstable)
         await asyncio.get_running_loop().run_in_executor(None, self.lower.syncfs)
-        self._unstable.clear()
+        for ino, entry in before.items():
+            if self._unstable.get(ino) == entry:  # not written again since
+                del self._unstable[ino]
         return []
 
 
