@@ -67,7 +67,11 @@ class LeaseState(IntEnum):
 
 
 class SlotState(IntEnum):
-    """State of a node's slot. FAILED is the last gasp of a node whose daemon died."""
+    """State of a node's slot.
+
+    FAILED is the last gasp of a node whose daemon and FUSE layer died; RESTARTING of one whose daemon died while its
+    FUSE layer waits for the next daemon. After either the lower XFS is shut down and nothing cached here is served.
+    """
 
     FREE = 0
     CLAIMING = 1
@@ -75,6 +79,7 @@ class SlotState(IntEnum):
     ACTIVE = 3
     LEFT = 4
     FAILED = 5
+    RESTARTING = 6
 
 
 @dataclass(frozen=True)
@@ -184,7 +189,7 @@ SLOT = Layout(
         Field("lease_ms", "I", "the node's lease length"),
         Field("node_dead_ms", "I", "the node's limit for others' counters"),
         Field("slot", "H", "number of this slot, 1 to 64"),
-        Field("state", "B", "0 FREE, 1 CLAIMING, 2 JOINING, 3 ACTIVE, 4 LEFT, 5 FAILED"),
+        Field("state", "B", "0 FREE, 1 CLAIMING, 2 JOINING, 3 ACTIVE, 4 LEFT, 5 FAILED, 6 RESTARTING"),
         Field("is_home", "B", "1 while the node renews the home lease"),
         Field("address_0", "20s", "address, see below"),
         Field("address_1", "20s", "address"),

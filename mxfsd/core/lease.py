@@ -26,7 +26,7 @@ UNKNOWN_INCARNATIONS = 1 << 20
 
 ENDED = frozenset({SlotState.FREE, SlotState.LEFT})
 """States whose slot anyone may take at once."""
-GONE = ENDED | {SlotState.FAILED}
+GONE = ENDED | {SlotState.FAILED, SlotState.RESTARTING}
 """States whose node runs no daemon any more."""
 
 

@@ -51,27 +51,6 @@ _NEXT: dict[MemberState, frozenset[MemberState]] = {
 _PRESENT = frozenset({MemberState.ACTIVE, MemberState.SUSPECT})
 
 
-class TakeoverState(Enum):
-    """The home, as another node sees it; the order of a takeover is never another one."""
-
-    SERVING = auto()
-    SUSPECT = auto()
-    FENCING = auto()
-    TAKING_LEASE = auto()
-    MOUNTING = auto()
-    GRACE = auto()
-
-
-TAKEOVER_NEXT: dict[TakeoverState, frozenset[TakeoverState]] = {
-    TakeoverState.SERVING: frozenset({TakeoverState.SUSPECT}),
-    TakeoverState.SUSPECT: frozenset({TakeoverState.SERVING, TakeoverState.FENCING}),
-    TakeoverState.FENCING: frozenset({TakeoverState.TAKING_LEASE, TakeoverState.SERVING}),
-    TakeoverState.TAKING_LEASE: frozenset({TakeoverState.MOUNTING, TakeoverState.SERVING}),
-    TakeoverState.MOUNTING: frozenset({TakeoverState.GRACE, TakeoverState.SUSPECT}),
-    TakeoverState.GRACE: frozenset({TakeoverState.SERVING, TakeoverState.SUSPECT}),
-}
-
-
 class Reason(Enum):
     """Why a node is declared dead."""
 
@@ -241,8 +220,12 @@ class Membership:
 
     # -- events ----------------------------------------------------------------------------------------------------
 
-    def on_connected(self, now_ms: int, node: int, incarnation: int) -> list[MembershipEffect]:
-        """A node whose identity was checked connected. Raises MisuseError for this node itself."""
+    def on_connected(self, now_ms: int, node: int, incarnation: int, continues: int = 0) -> list[MembershipEffect]:
+        """A node whose identity was checked connected. Raises MisuseError for this node itself.
+
+        *continues*: the incarnation whose FUSE layer it still has (its daemon was restarted). While that one was not
+        declared dead, the new incarnation takes its place, with all that it holds; afterwards it is refused.
+        """
         if node == self._me or incarnation <= 0:
             raise MisuseError(f"node {node} incarnation {incarnation} connected to node {self._me}")
         out: list[MembershipEffect] = []
@@ -252,6 +235,12 @@ class Membership:
         if incarnation == member.incarnation:
             if member.state not in _PRESENT:
                 return [Refused(node, incarnation)]
+            return self.on_contact(now_ms, node, incarnation)
+        if continues and member.incarnation:
+            if continues != member.incarnation or member.state not in _PRESENT:
+                return [Refused(node, incarnation)]
+            member.incarnation = member.next_incarnation = incarnation
+            member.slot_age_ms = 0
             return self.on_contact(now_ms, node, incarnation)
         member.next_incarnation = incarnation
         if member.state in _PRESENT:
@@ -297,7 +286,8 @@ class Membership:
             elif report.incarnation == member.incarnation and report.says is SlotSays.FAILED:
                 gasps.append((report.node, member, Reason.LAST_GASP))
             elif report.incarnation > member.incarnation:
-                gasps.append((report.node, member, Reason.REPLACED))
+                # Its daemon was started anew. Perhaps with the FUSE layer it had: it will say so when it connects.
+                member.slot_age_ms = now_ms - member.contact_ms
         out: list[MembershipEffect] = []
         for node, gasping, reason in gasps:
             self._declare_dead(node, gasping, reason, out)

@@ -6,7 +6,6 @@ import pytest
 
 from mxfs_proto.errors import MisuseError
 from mxfsd.core.membership import (
-    TAKEOVER_NEXT,
     ClientLease,
     DeclareDead,
     Freeze,
@@ -21,7 +20,6 @@ from mxfsd.core.membership import (
     SlotSays,
     StepDown,
     Suspect,
-    TakeoverState,
     Thaw,
     Trusted,
 )
@@ -81,7 +79,26 @@ def test_new_incarnation_waits_for_the_old_one() -> None:
     assert member.on_connected(60, 2, 6) == []
     assert member.on_contact(60, 2, 6) == [Refused(2, 6)]
     assert member.tick(100) == [LeaseEnded(2, 5), Joined(2, 6)]
-    assert member.on_slots(110, [SlotReport(2, 7, CLAIMED, 0)]) == [DeclareDead(2, 6, Reason.REPLACED)]
+    assert member.on_slots(110, [SlotReport(2, 7, CLAIMED, 0)]) == []
+    assert member.on_slots(399, [SlotReport(2, 7, CLAIMED, 0)]) == [Suspect(2)]
+    assert DeclareDead(2, 6, Reason.SILENT_SLOT) in member.on_slots(400, [SlotReport(2, 7, CLAIMED, 0)])
+
+
+def test_a_restarted_daemon_goes_on_with_what_its_fuse_layer_holds() -> None:
+    member = home(2)
+    assert member.on_slots(50, [SlotReport(1, 1, CLAIMED, 0), SlotReport(2, 6, CLAIMED, 0)]) == []
+    assert member.on_connected(60, 2, 6, continues=5) == []
+    assert (member.state(2), member.incarnation(2)) == (MemberState.ACTIVE, 6)
+    assert member.on_contact(70, 2, 5) == [Refused(2, 5)]
+    assert member.on_contact(80, 2, 6) == []
+
+
+def test_a_restarted_daemon_comes_too_late_or_continues_somebody_else() -> None:
+    member = home(2)
+    assert member.on_connected(10, 2, 7, continues=4) == [Refused(2, 7)]
+    assert DeclareDead(2, 5, Reason.SILENT_SLOT) in member.on_slots(400, slots(0, n2=400))
+    assert member.on_connected(410, 2, 6, continues=5) == [Refused(2, 6)]
+    assert member.on_connected(420, 2, 6) == [Joined(2, 6)]
 
 
 def test_unreachable_node_is_declared_dead_while_its_slot_moves() -> None:
@@ -148,13 +165,6 @@ def test_misuse() -> None:
         member.on_connected(0, 2, 0)
     assert member.state(3) is MemberState.ABSENT
     assert member.incarnation(3) == 0
-
-
-def test_takeover_has_one_order() -> None:
-    assert set(TAKEOVER_NEXT) == set(TakeoverState)
-    assert TakeoverState.TAKING_LEASE not in TAKEOVER_NEXT[TakeoverState.SUSPECT]
-    assert TakeoverState.MOUNTING not in TAKEOVER_NEXT[TakeoverState.FENCING]
-    assert TakeoverState.SERVING not in TAKEOVER_NEXT[TakeoverState.MOUNTING]
 
 
 def test_client_lease_runs_from_the_sending() -> None:
