@@ -1,0 +1,120 @@
+"""How to reach the reservations of a device: which paths, over which transport; or why there are none. Reads only."""
+
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from mxfs_proto.errors import MisuseError, MxfsError
+from mxfsd.pr.blockpr import BlockNexus
+from mxfsd.pr.errors import CheckCondition, NotOffered, ReservationError
+from mxfsd.pr.iscsi import SCHEME, Iscsi
+from mxfsd.pr.nexus import Nexus
+from mxfsd.pr.reservations import Reservations
+from mxfsd.pr.scsi import ScsiNexus
+from mxfsd.pr.sgio import SgIo
+
+SYSFS = Path("/sys")
+TIMEOUT_MS = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """*reservations* (open; close them) with *transport* named, or None with the *reason* why there are none."""
+
+    reservations: Reservations | None
+    transport: str
+    reason: str
+
+
+def open_reservations(
+    device: str,
+    *,
+    initiator: str | None = None,
+    isid: int | None = None,
+    timeout_ms: int = TIMEOUT_MS,
+    sysfs: Path = SYSFS,
+) -> Probe:
+    """Open the reservations of a block device or of ``iscsi://HOST[:PORT]/TARGET/LUN``.
+
+    *timeout_ms* limits each command; *initiator* and *isid* name the initiator port at an iscsi URL. A device that has
+    no reservations gives a Probe with the reason. What may be passing (no permission, a path that does not answer) is
+    raised instead, so that nobody goes on without fencing by mistake: ReservationError, BadReply, MisuseError.
+    """
+    if device.startswith(SCHEME):
+        paths, transport = [_iscsi(device, initiator, isid, timeout_ms)], "iscsi"
+    else:
+        try:
+            paths, transport = _open_device(device, timeout_ms, sysfs)
+        except _NoReservations as error:
+            return Probe(None, "none", str(error))
+    reservations = Reservations(device, paths)
+    reason = ""
+    try:
+        for path in paths:
+            path.read_keys()
+        reservations.read_reservation()
+    except NotOffered as error:
+        reason = str(error)
+    except CheckCondition as error:
+        if not error.sense.refused:
+            reservations.close()
+            raise
+        reason = str(error)
+    except BaseException:
+        reservations.close()
+        raise
+    if reason:
+        reservations.close()
+        return Probe(None, transport, reason)
+    return Probe(reservations, transport, "")
+
+
+class _NoReservations(MxfsError):
+    """What kind of device it is shows already that it has none."""
+
+
+def _iscsi(device: str, initiator: str | None, isid: int | None, timeout_ms: int) -> Nexus:
+    return ScsiNexus(Iscsi(device, initiator=initiator, isid=isid, timeout_ms=timeout_ms))
+
+
+def _open_device(device: str, timeout_ms: int, sysfs: Path) -> tuple[list[Nexus], str]:
+    """Return the paths of a block device, all open, and the transport. Raises _NoReservations, ReservationError."""
+    try:
+        status = os.stat(device)
+    except OSError as error:
+        raise ReservationError(f"cannot open {device}: {error.strerror}", error.errno) from error
+    if not stat.S_ISBLK(status.st_mode):
+        if stat.S_ISREG(status.st_mode):
+            raise _NoReservations(f"{device} is a file, which has no reservations")
+        raise MisuseError(f"{device} is no block device")
+    folder = (sysfs / f"dev/block/{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}").resolve()
+    name = folder.name
+    if (folder / "partition").exists():
+        raise _NoReservations(f"{device} is a partition; reservations belong to a whole disk")
+    if name.startswith("nvme"):
+        return [BlockNexus(device)], "nvme"
+    if not (folder / "dm").exists():
+        return [ScsiNexus(SgIo(device, timeout_ms=timeout_ms))], "sg"
+    uuid = _text(folder / "dm/uuid")
+    if not uuid.startswith("mpath-"):
+        raise _NoReservations(f"{device} is a device-mapper device and no multipath one")
+    slaves = sorted(entry.name for entry in (folder / "slaves").iterdir())
+    if not slaves:
+        raise ReservationError(f"{device}: this multipath device has no path")
+    paths: list[Nexus] = []
+    try:
+        for slave in slaves:
+            paths.append(ScsiNexus(SgIo(f"/dev/{slave}", timeout_ms=timeout_ms)))
+    except BaseException:
+        for path in paths:
+            path.close()
+        raise
+    return paths, "multipath"
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""  # an attribute that this kernel does not have says nothing
