@@ -19,7 +19,9 @@ RUN_ROOT_ENV = "MXFS_RUN_ROOT"
 TIMEOUT_NAMES = ("fast", "default", "patient")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
-_OWN = ("iface", "port", "multicast", "broadcast", "peer", "timeouts", "node", "state", "log")
+FENCING_NAMES = ("auto", "pr", "lease")
+
+_OWN = ("iface", "port", "multicast", "broadcast", "peer", "timeouts", "fencing", "prdev", "node", "state", "log")
 
 _KERNEL_FLAGS = {
     "nodev": ("nodev", "dev"),
@@ -80,6 +82,10 @@ class MountOptions:
     broadcast: str | None = None
     peers: tuple[str, ...] = ()
     timeouts: str = "default"
+    fencing: str = "auto"
+    """How dead nodes are kept from the disk: ``pr``, ``lease``, or what the disk can do (docs/fencing.md)."""
+    pr_device: str | None = None
+    """Where the disk's persistent reservations are asked for, if not at the device itself: a path or an iscsi URL."""
     node: str | None = None
     state: str | None = None
     log: str = "info"
@@ -102,6 +108,7 @@ class MountOptions:
             ("port", self.port),
             ("multicast", self.multicast),
             ("broadcast", self.broadcast),
+            ("prdev", self.pr_device),
             ("node", self.node),
             ("state", self.state),
         ):
@@ -109,6 +116,7 @@ class MountOptions:
                 words.append(f"{name}={value}")
         words.extend(f"peer={peer}" for peer in self.peers)
         words.append(f"timeouts={self.timeouts}")
+        words.append(f"fencing={self.fencing}")
         words.append(f"log={self.log}")
         words.extend(self.kernel)
         return ",".join(words)
@@ -185,6 +193,8 @@ def _checked(values: dict[str, str], peers: tuple[str, ...], read_only: bool, ke
         broadcast=broadcast,
         peers=peers,
         timeouts=_one_of("timeouts", values.get("timeouts", "default"), TIMEOUT_NAMES),
+        fencing=_one_of("fencing", values.get("fencing", "auto"), FENCING_NAMES),
+        pr_device=values.get("prdev"),
         node=node,
         state=state,
         log=_one_of("log", values.get("log", "info"), LOG_LEVELS),

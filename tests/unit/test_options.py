@@ -73,6 +73,7 @@ def test_a_later_option_overrides_an_earlier_one(text: str, kernel: tuple[str, .
         ("peer=somehost", "peer=somehost: not an IPv4"),
         ("peer=10.0.0.1,broadcast=10.0.0.255", "broadcast and peer exclude each other"),
         ("timeouts=slow", "timeouts=slow: must be one of fast, default, patient"),
+        ("fencing=none", "fencing=none: must be one of auto, pr, lease"),
         ("log=loud", "log=loud"),
         ("node=" + "n" * 65, "node=nnn"),
         ("node=a/b", "node=a/b"),
