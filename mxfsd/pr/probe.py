@@ -80,10 +80,7 @@ def _iscsi(device: str, initiator: str | None, isid: int | None, timeout_ms: int
 
 def _open_device(device: str, timeout_ms: int, sysfs: Path) -> tuple[list[Nexus], str]:
     """Return the paths of a block device, all open, and the transport. Raises _NoReservations, ReservationError."""
-    try:
-        status = os.stat(device)
-    except OSError as error:
-        raise ReservationError(f"cannot open {device}: {error.strerror}", error.errno) from error
+    status = _stat(device)
     if not stat.S_ISBLK(status.st_mode):
         if stat.S_ISREG(status.st_mode):
             raise _NoReservations(f"{device} is a file, which has no reservations")
@@ -111,6 +108,13 @@ def _open_device(device: str, timeout_ms: int, sysfs: Path) -> tuple[list[Nexus]
             path.close()
         raise
     return paths, "multipath"
+
+
+def _stat(device: str) -> os.stat_result:
+    try:
+        return os.stat(device)
+    except OSError as error:
+        raise ReservationError(f"cannot open {device}: {error.strerror}", error.errno) from error
 
 
 def _text(path: Path) -> str:

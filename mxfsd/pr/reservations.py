@@ -119,12 +119,14 @@ class Reservations:
             raise
 
     def _register_path(self, path: Nexus, replace: bool) -> None:
-        for attempt in range(_TRIES):
+        failures = 0
+        while True:
             try:
                 self._register_once(path, replace)
                 return
             except PathFailure:
-                if attempt + 1 == _TRIES:
+                failures += 1
+                if failures == _TRIES:
                     raise
             except CheckCondition as error:
                 # tgt answers 5/2400 and others 5/2600 when they are asked for APTPL and do not have it.
@@ -182,7 +184,7 @@ class Reservations:
         self._must_be_registered()
         for attempt in range(_TRIES):
             if self._our_reservation():
-                return
+                break
             try:
                 self._any(lambda path: path.reserve(self.key))
             except (ReservationConflict, PathFailure):
@@ -192,6 +194,7 @@ class Reservations:
                     raise
         if not self._our_reservation():
             raise ReservationLost(f"{self.device}: the target accepted the reservation but does not show it")
+        self._own_keys()
 
     # --- fencing ----------------------------------------------------------------------------------------------
 
