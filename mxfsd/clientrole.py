@@ -120,7 +120,9 @@ class ClientRole:
         self._welcomed = asyncio.get_running_loop().create_future()
         self._conn = conn
         self._asked_ms.clear()
-        conn.send(FrameType.HELLO, greeting.hello(daemon.name, daemon.slot, daemon.options.timeouts))
+        assert daemon.fuse is not None
+        continues = daemon.fuse.continues
+        conn.send(FrameType.HELLO, greeting.hello(daemon.name, daemon.slot, daemon.options.timeouts, continues))
         self._renew()
         try:
             welcome = await asyncio.wait_for(self._welcomed, daemon.timeouts.lease_ms / 1000)
@@ -141,12 +143,12 @@ class ClientRole:
         daemon.root = welcome.root
         daemon.serving = False
         logging.context.epoch = daemon.epoch
-        assert daemon.fuse is not None
         if daemon.fuse.attached.is_set():
             daemon.fuse.freeze(daemon.epoch, daemon.home_slot)
         else:
             daemon._welcome_fuse()
-            conn.send(FrameType.RECLAIM_DONE, pack_json({"rows": 0}), epoch=daemon.epoch)
+            if not daemon.fuse.continues:
+                conn.send(FrameType.RECLAIM_DONE, pack_json({"rows": 0}), epoch=daemon.epoch)
 
     def expect_home(self) -> None:
         """Another node was given the lease: leave it the time to take it."""
@@ -171,7 +173,7 @@ class ClientRole:
                 return
             except Refusal as exc:
                 log.error("the home refuses this node", reason=str(exc))
-                daemon.stop(str(exc))
+                daemon.refused(str(exc))
                 return
             except MxfsError as exc:
                 log.debug("home not reached", reason=str(exc))
@@ -198,13 +200,7 @@ class ClientRole:
             return False
         self._closed = True
         daemon.client = None
-        report = daemon.heartbeat.report if daemon.heartbeat is not None else None
-        members = {
-            view.slot
-            for view in (report.slots.values() if report is not None else ())
-            if view.slot != daemon.slot and view.state.name == "ACTIVE" and view.age_ms < daemon.timeouts.node_dead_ms
-        }
-        await daemon._become_home(held, members)
+        await daemon._become_home(held, daemon._members())
         return True
 
     # -- frames from the home --------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from mxfs_proto.frames import (
 from mxfs_proto.ondisk import Address, LeaseState, SlotState
 from mxfs_proto.ops import Fid
 from mxfs_proto.records import LockRecord, NodeState, NodeStatus, Record
-from mxfsd import greeting
+from mxfsd import greeting, reattach, rundir
 from mxfsd import log as logging
 from mxfsd.clientrole import ClientRole
 from mxfsd.control import ControlServer
@@ -66,7 +66,11 @@ _NO_LOG_FLUSH = struct.pack("=I", 2)
 class Daemon:
     """One volume, one node."""
 
-    def __init__(self, device: str, mountpoint: str, options: MountOptions, run_dir: Path) -> None:
+    def __init__(
+        self, device: str, mountpoint: str, options: MountOptions, run_dir: Path, *, supervised: bool = False
+    ) -> None:
+        self.supervised = supervised
+        """systemd starts it again where it fails."""
         self.device = device
         self.mountpoint = mountpoint
         self.options = options
@@ -99,6 +103,8 @@ class Daemon:
         self.client_lease_until_ms = 0
         self._claimed_until_ms = 0
         self.stopping: asyncio.Future[str] | None = None
+        self.failed = False
+        """This daemon has to end at once, as in a crash; the FUSE layer waits for the next one."""
         self._exclusive_fd = -1
         self._lower_left: asyncio.Future[None] | None = None
         self._moving = asyncio.Lock()
@@ -121,7 +127,7 @@ class Daemon:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
             log.error("background work failed", exc_info=task.exception())
-            self.stop(f"internal error: {task.exception()}")
+            self.fail(f"internal error: {task.exception()}")
 
     # -- life ------------------------------------------------------------------------------------------------------
 
@@ -137,10 +143,11 @@ class Daemon:
         kernel = [word for word in self.options.kernel if word not in ("sync", "dirsync")]
         if self.options.read_only:
             kernel.append("ro")
-        await self.fuse.start(self.mountpoint, tuple(kernel), self.device, self.options.log)
+        await reattach.start_fuse(self, tuple(kernel))
         joiner = Joiner(self.identity.node.bytes, self.name, last_incarnation=self.identity.last_incarnation)
         self.held = await asyncio.to_thread(self.lockspace.claim_slot, joiner, self.timeouts)
         self.identity.save(self.held.record.incarnation)
+        reattach.check_slot(self)
         who = PeerIdentity(self.volume, self.identity.node, self.slot, self.held.record.incarnation)
         keys = VolumeKeys.derive(self.lockspace.header.cluster_key, self.volume)
         self.contexts = make_contexts(keys, who)
@@ -148,6 +155,7 @@ class Daemon:
         bound = self.server.start([("0.0.0.0", self.options.port or 0)])
         self.heartbeat = HeartbeatClient(self.device, self.held, self.timeouts, self._on_report, self._on_heartbeat)
         await self.heartbeat.start()
+        rundir.remember(self.run_dir, rundir.HEARTBEAT, self.heartbeat.pid)
         addresses = tuple(Address(host, bound[0][1]) for host in own_addresses(self.options.iface))
         await self.heartbeat.set_addresses(addresses)
         await self._start_finder(keys, addresses[0])
@@ -194,6 +202,25 @@ class Daemon:
         """Begin to leave."""
         if self.stopping is not None and not self.stopping.done():
             self.stopping.set_result(reason)
+
+    def fail(self, reason: str) -> None:
+        """End as if killed: what this node holds stays its own, and the FUSE layer goes on with the next daemon.
+
+        Where nothing is mounted yet there is nothing to go on with: this is an ordinary end then.
+        """
+        self.failed = self.fuse is not None and self.fuse.mounted.done() and not self.fuse.gone.is_set()
+        self.stop(reason)
+
+    @property
+    def adopted(self) -> bool:
+        """Whether there is a FUSE layer of an earlier daemon's that this one was to go on with."""
+        return self.fuse is not None and self.fuse.adopted and not self.fuse.gone.is_set()
+
+    def refused(self, reason: str) -> None:
+        """This node was put out of the volume: the mount is dead until it is mounted again."""
+        if self.fuse is not None:
+            self.fuse.refuse(reason)
+        self.stop(reason)
 
     async def shut_down(self) -> None:
         """Leave the volume in good order: a home hands over, or unmounts and frees the lease."""
@@ -249,12 +276,20 @@ class Daemon:
             except MxfsError as exc:
                 log.debug("the lease is not to be had", reason=str(exc))
             else:
-                await self._become_home(held, set())
+                await self._become_home(held, self._members())
                 return
             lease = await asyncio.to_thread(self.lockspace.read_lease)
             if lease.state is LeaseState.HELD and lease.owner_slot != self.slot and await self._become_client(client):
                 return
             await self.pause(self.timeouts.heartbeat_ms / 2000)
+
+    def _members(self) -> set[int]:
+        """The other nodes that may hold something from before, one whose daemon restarts too."""
+        report = self.heartbeat.report if self.heartbeat is not None else None
+        views = report.slots.values() if report is not None else ()
+        dead = self.timeouts.node_dead_ms
+        states = (SlotState.ACTIVE, SlotState.RESTARTING)
+        return {v.slot for v in views if v.slot != self.slot and v.state in states and v.age_ms < dead}
 
     def _evidence(self) -> Any:
         report = self.heartbeat.report if self.heartbeat is not None else None
@@ -287,7 +322,8 @@ class Daemon:
         self.home_slot = self.slot
         logging.context.epoch = self.epoch
         self._release_device()
-        lower = await asyncio.to_thread(self._mount)
+        lower = await asyncio.to_thread(reattach.patiently, self._mount, self.timeouts.lease_ms)
+        await self._arm(lower)
         self.root = lower.root
         sessions = SessionTable(self.lockspace.volume_id)
         saved = lower.load_replies()
@@ -315,6 +351,8 @@ class Daemon:
             self.awaited.add(self.slot)
             self.fuse.freeze(self.epoch, self.slot)
         else:
+            if self.fuse.continues:
+                self.awaited.add(self.slot)
             self._welcome_fuse()
         self._maybe_serve()
 
@@ -323,6 +361,15 @@ class Daemon:
         if not self.options.read_only:
             lower.prepare()
         return lower
+
+    async def _arm(self, lower: Lower) -> None:
+        """Before anybody is served: have the heartbeat process shut the mount down when the lease is over."""
+        assert self.heartbeat is not None
+        try:
+            await self.heartbeat.arm(lower.mount_fd)
+        except MxfsError:
+            lower.close()
+            raise
 
     def _welcome_fuse(self) -> None:
         assert self.fuse is not None
@@ -335,6 +382,9 @@ class Daemon:
                 "root": list(self.root),
                 "kernel_cache_ms": self.timeouts.kernel_cache_ms,
                 "readonly": self.options.read_only,
+                "incarnation": self.held.record.incarnation if self.held is not None else 0,
+                "restart": reattach.command(self),
+                "restart_ms": self.timeouts.restart_ms,
             }
         )
         self.spawn(self._first_resume())
@@ -405,6 +455,7 @@ class Daemon:
         if not self.options.read_only:
             await asyncio.to_thread(role.lower.save_replies, role.sessions.export())
         role.lower.close()
+        await self.heartbeat.disarm()
         if not await self._unmounted():
             log.error("the move was called off: a process still holds files of the lower mount")
             await self._serve_on(role)
@@ -452,6 +503,7 @@ class Daemon:
 
     async def _serve_on(self, role: HomeRole) -> None:
         lower = await asyncio.to_thread(self._mount, exclusive=False)
+        await self._arm(lower)
         role.replace_lower(lower)
         self._leaving_home = False
         self.serving = True
@@ -564,12 +616,16 @@ class Daemon:
             log.warning("peer refused", peer=slot, reason=reason)
             conn.refuse(reason)
             return
+        continues = greeting.continued(fields)
+        if (slot, continues) in self.evicted:
+            conn.refuse(f"slot {slot}, incarnation {continues} was put out of the volume: mount again there")
+            return
         before = self.peers.pop(slot, None)
         if before is not None:
             before.abort()
         self.peers[slot] = conn
         self.last_heard_ms[slot] = now_ms()
-        self.home.greet(slot, conn.identity.incarnation)
+        self.home.greet(slot, conn.identity.incarnation, continues)
         conn.send(FrameType.WELCOME, greeting.welcome(self.epoch, self.slot, self.root), epoch=self.epoch)
         log.info("peer joined", peer=slot, name=fields.get("name"), incarnation=conn.identity.incarnation)
 
@@ -672,6 +728,8 @@ class Daemon:
             quiet_ms = now_ms() - self.last_heard_ms[view.slot]
             if quiet_ms <= self.timeouts.lease_ms + self.timeouts.heartbeat_ms:
                 continue  # its lease may still run: what it caches may still be read there
+            if view.state is SlotState.RESTARTING and quiet_ms <= self.timeouts.node_dead_ms:
+                continue  # the next daemon goes on with what it holds
             if view.state in GONE or view.age_ms >= self.timeouts.node_dead_ms or quiet_ms > self.timeouts.node_dead_ms:
                 self.evicted.add((view.slot, view.incarnation))
                 self._node_left(view.slot, f"evicted: {view.state.name.lower()}, silent for {quiet_ms} ms")
@@ -688,13 +746,17 @@ class Daemon:
         if event.name in ("slot_lost", "lease_lost", "died"):
             log.error("this node is out", event_name=event.name, reason=event.reason)
             self._crash_lower()
-            self.stop(f"{event.name}: {event.reason}")
-        elif event.name in ("io_error", "stalled"):
+            self.fail(f"{event.name}: {event.reason}")
+        elif event.name in ("io_error", "stalled", "lower_down"):
             log.warning("the lockspace does not answer", event_name=event.name, age_ms=event.age_ms)
 
     async def _ticks(self) -> None:
         while True:
             await asyncio.sleep(_TICK_S)
+            if self.home is not None and not self._leaving_home and not self._may_act_as_home():
+                # The heartbeat process has done this long ago, or is stopped itself.
+                self._on_heartbeat(HeartbeatEvent("lease_lost", "nothing is heard of a renewal"))
+                return
             if self.home is not None:
                 self.home.tick()
                 self._maybe_serve()

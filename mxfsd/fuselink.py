@@ -1,7 +1,13 @@
-"""The daemon's side of its FUSE layer: starts it, and speaks with it over daemon.sock and netlink."""
+"""The daemon's side of its FUSE layer: starts it, or goes on with the one that an earlier daemon had; speaks with it
+over daemon.sock and netlink.
+
+The FUSE layer outlives the daemon: when the daemon dies, it waits for the next one (mxfs_fuse/reattach.py).
+"""
 
 import asyncio
+import contextlib
 import os
+import signal
 import struct
 import subprocess
 import sys
@@ -16,6 +22,7 @@ from mxfs_proto.errors import MxfsError
 from mxfs_proto.frames import Frame, FrameType, pack_json, unpack_json
 from mxfs_proto.ondisk import volume_id
 from mxfs_proto.records import DaemonReady, Record, RecoveryDone, RecoveryStart
+from mxfsd import rundir
 from mxfsd.io.netlink import NetlinkEndpoint
 from mxfsd.io.unixconn import UnixFrameConnection, UnixFrameServer
 
@@ -39,6 +46,7 @@ class FuseLink:
         on_record: Callable[[Record], None],
         on_gone: Callable[[str], None],
     ) -> None:
+        self._run_dir = run_dir
         self._path = run_dir / SOCKET_NAME
         self._volume = volume
         self._on_frame = on_frame
@@ -50,14 +58,26 @@ class FuseLink:
         self._process: subprocess.Popen[bytes] | None = None
         self._welcome: dict[str, Any] | None = None
         self._hello: dict[str, Any] | None = None
+        self._said_hello: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._watching: asyncio.Task[None] | None = None
         self.mounted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.attached = asyncio.Event()
         self.gone = asyncio.Event()
         self._resumed = False
         self._netlink_ended = False
+        self._leaving = False
         self.pid = 0
+        self.adopted = False
+        """It was there before this daemon."""
+        self.continues = 0
+        """The incarnation of this node that the FUSE layer, older than this daemon, belonged to; 0: it is new."""
 
     # -- life ------------------------------------------------------------------------------------------------------
+
+    @property
+    def slot(self) -> int:
+        """The slot that an older FUSE layer's locks belong to, 0 for a new one."""
+        return int((self._hello or {}).get("node", 0))
 
     async def start(self, mountpoint: str, fuse_options: tuple[str, ...], fsname: str, log_level: str) -> None:
         """Listen, and start the FUSE process: it loads its modules while the daemon joins."""
@@ -76,10 +96,36 @@ class FuseLink:
         ]
         self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
         self.pid = self._process.pid
-        asyncio.get_running_loop().create_task(self._watch(self._process))
+        rundir.remember(self._run_dir, rundir.FUSE, self.pid)
+        self._watching = asyncio.get_running_loop().create_task(self._watch(os.pidfd_open(self.pid)))
 
-    async def _watch(self, process: subprocess.Popen[bytes]) -> None:
-        fd = os.pidfd_open(process.pid)
+    async def adopt(self, process: rundir.Process, limit_s: float) -> None:
+        """Go on with the FUSE layer that an earlier daemon started: wait until it has connected and said who it is.
+
+        Raises MxfsError where it ends before that, or does not come within *limit_s* seconds.
+        """
+        try:
+            pidfd = os.pidfd_open(process.pid)
+        except ProcessLookupError:
+            raise MxfsError("the FUSE layer has ended") from None
+        if not process.alive:
+            os.close(pidfd)
+            raise MxfsError("the FUSE layer has ended")
+        self.pid = process.pid
+        self.adopted = True
+        self._server = UnixFrameServer(str(self._path), self._on_connection)
+        self._server.start()
+        self._watching = asyncio.get_running_loop().create_task(self._watch(pidfd))
+        ended = asyncio.ensure_future(self.gone.wait())
+        await asyncio.wait((self._said_hello, ended), timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+        ended.cancel()
+        if self.gone.is_set():
+            raise MxfsError("the FUSE layer has ended")
+        if not self._said_hello.done():
+            raise MxfsError(f"the FUSE layer (pid {process.pid}) did not connect within {limit_s:g} s")
+        self.mounted.set_result(None)
+
+    async def _watch(self, fd: int) -> None:
         loop = asyncio.get_running_loop()
         done = asyncio.Event()
         loop.add_reader(fd, done.set)
@@ -88,7 +134,10 @@ class FuseLink:
         finally:
             loop.remove_reader(fd)
             os.close(fd)
-        code = process.wait()
+        if self._process is None:  # not a child of ours: its status is not to be had
+            self._gone("the FUSE layer ended")
+            return
+        code = self._process.wait()
         self._gone("unmounted" if code == 0 else f"the FUSE layer ended with status {code}")
 
     def _gone(self, reason: str) -> None:
@@ -107,8 +156,17 @@ class FuseLink:
             self._conn.close()
         if self._netlink is not None:
             self._netlink.close()
-        if self._process is not None and self._process.poll() is None:
-            self._process.terminate()
+        if self.pid and not self.gone.is_set() and not self._leaving:
+            # Its pidfd is watched, so the pid is its own still, or that of nobody.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGTERM)
+        if self.gone.is_set():
+            rundir.forget(self._run_dir, rundir.FUSE)
+
+    def refuse(self, reason: str) -> None:
+        """Tell it that this node is out of the volume: the mount answers EIO from now on, until it is unmounted."""
+        self._leaving = True
+        self.frame(FrameType.REFUSE, [pack_json({"reason": reason})])
 
     # -- hand-shake ------------------------------------------------------------------------------------------------
 
@@ -131,6 +189,9 @@ class FuseLink:
     def _frame(self, _conn: UnixFrameConnection, frame: Frame) -> None:
         if frame.type is FrameType.FUSE_HELLO:
             self._hello = unpack_json(frame.payload)
+            self.continues = int(self._hello.get("incarnation", 0))
+            if not self._said_hello.done():
+                self._said_hello.set_result(None)
             self._greet()
         elif frame.type is FrameType.FUSE_READY:
             if not self.mounted.done():
@@ -161,6 +222,9 @@ class FuseLink:
             )
         )
         self.attached.set()
+        if self.continues:
+            # It served before: what it holds has to be named before it goes on.
+            self.freeze(int(self._welcome["epoch"]), int(self._welcome["home"]))
 
     def _netlink_lost(self, _error: MxfsError) -> None:
         """Its socket is gone: the process has ended, or will have in a moment; see _watch."""

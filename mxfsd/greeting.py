@@ -20,9 +20,23 @@ class Welcome:
     root: Fid
 
 
-def hello(name: str, slot: int, timeouts: str) -> bytes:
-    """Return the payload of a HELLO; *timeouts* is the name of the set that the node runs with."""
-    return pack_json({"name": name, "slot": slot, "timeouts": timeouts})
+def hello(name: str, slot: int, timeouts: str, continues: int = 0) -> bytes:
+    """Return the payload of a HELLO; *timeouts* is the name of the set that the node runs with.
+
+    *continues*: the incarnation that its FUSE layer, with its locks and sessions, belonged to; 0: it is new.
+    """
+    fields: dict[str, Any] = {"name": name, "slot": slot, "timeouts": timeouts}
+    if continues:
+        fields["continues"] = continues
+    return pack_json(fields)
+
+
+def continued(fields: dict[str, Any]) -> int:
+    """Return the incarnation that the node of these HELLO fields continues, 0 for none. Raises PeerError (EPROTO)."""
+    found = fields.get("continues", 0)
+    if not isinstance(found, int) or found < 0:
+        raise PeerError(f"a HELLO that continues {found!r}")
+    return found
 
 
 def objection(fields: dict[str, Any], home: str, timeouts: str) -> str | None:

@@ -201,10 +201,11 @@ class HomeRole:
                 continue
             self.service.reap_if_closed(ino)
 
-    def greet(self, node: int, incarnation: int) -> None:
-        """A node connected. An earlier incarnation of it is gone, with all it held."""
+    def greet(self, node: int, incarnation: int, continues: int = 0) -> None:
+        """A node connected. An earlier incarnation of it is gone, with all it held, unless this one *continues* it:
+        then its FUSE layer is the same, and names what it holds again."""
         before = self._incarnations.get(node)
-        if before is not None and before != incarnation:
+        if before is not None and before not in (incarnation, continues):
             self.node_gone(node)
         self._incarnations[node] = incarnation
 

@@ -5,16 +5,25 @@ import asyncio
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mxfsd.options import MountOptions
 
 
 def main() -> int:
-    """Entry point. Tells ``--ready-fd`` one line: ``ready``, or ``error: REASON``. Returns the exit status."""
+    """Entry point. Tells ``--ready-fd`` one line: ``ready``, or ``error: REASON``. Returns the exit status.
+
+    0: the mount is gone, or this node is out of the volume: there is nothing to start again for. EXIT_FAILED: the FUSE
+    layer waits for the next daemon. 1: not mounted, or not gone on with.
+    """
     parser = argparse.ArgumentParser(prog="mxfsd", description="the daemon of one MXFS volume on this node")
     parser.add_argument("--device", required=True)
     parser.add_argument("--mountpoint", required=True)
     parser.add_argument("--options", default="")
     parser.add_argument("--run-dir")
     parser.add_argument("--ready-fd", type=int, default=-1)
+    parser.add_argument("--supervised", action="store_true", help="a service manager starts it again where it fails")
     args = parser.parse_args()
 
     from mxfsd import log, options
@@ -27,9 +36,9 @@ def main() -> int:
 async def _serve(args: argparse.Namespace, parsed: object) -> int:
     import structlog
 
-    from mxfs_proto.errors import MxfsError
+    from mxfs_proto.errors import MxfsError, Refusal
+    from mxfsd import reattach
     from mxfsd.daemon import Daemon
-    from mxfsd.io.lockspace import Lockspace
     from mxfsd.options import MountOptions
 
     assert isinstance(parsed, MountOptions)
@@ -37,28 +46,52 @@ async def _serve(args: argparse.Namespace, parsed: object) -> int:
     daemon: Daemon | None = None
     status = 0
     try:
-        if args.run_dir:
-            run_dir = Path(args.run_dir)
-        else:
-            import uuid
-
-            lockspace = Lockspace.open(args.device, readonly=True)
-            run_dir = Path(parsed.run_dir(str(uuid.UUID(bytes=lockspace.volume))))
-            lockspace.close()
+        run_dir = _run_dir(args, parsed)
         run_dir.mkdir(parents=True, exist_ok=True)
-        daemon = Daemon(args.device, args.mountpoint, parsed, run_dir)
+        daemon = Daemon(args.device, args.mountpoint, parsed, run_dir, supervised=args.supervised)
         await daemon.start()
         _say(args.ready_fd, "ready")
         reason = await daemon.run()
         logger.info("leaving", reason=reason)
+    except reattach.NothingToServe as exc:
+        logger.info("nothing to serve", reason=str(exc))
     except (MxfsError, OSError) as exc:
         logger.error("mxfsd failed", reason=str(exc))
         _say(args.ready_fd, f"error: {exc}".replace("\n", " "))
         status = 1
+        if daemon is not None and daemon.adopted:
+            if isinstance(exc, Refusal):
+                daemon.refused(str(exc))
+                status = 0
+            else:
+                daemon.failed = True
+    except Exception:
+        logger.exception("mxfsd failed")
+        if daemon is not None:
+            daemon.failed = daemon.adopted
+        status = 1
     finally:
+        if daemon is not None and daemon.failed:
+            # As if killed: the heartbeat process does what is due then, and the FUSE layer waits for the next daemon.
+            sys.stderr.flush()
+            os._exit(reattach.EXIT_FAILED)
         if daemon is not None:
             await daemon.shut_down()
     return status
+
+
+def _run_dir(args: argparse.Namespace, parsed: "MountOptions") -> Path:
+    if args.run_dir:
+        return Path(args.run_dir)
+    import uuid
+
+    from mxfsd.io.lockspace import Lockspace
+
+    lockspace = Lockspace.open(args.device, readonly=True)
+    try:
+        return Path(parsed.run_dir(str(uuid.UUID(bytes=lockspace.volume))))
+    finally:
+        lockspace.close()
 
 
 def _say(fd: int, line: str) -> None:

@@ -43,6 +43,8 @@ class Timeouts:
     """The longest a single I/O on the shared disk may take before it counts as failed."""
     grace_ms: int
     """After a failover the new home waits this long for the survivors' reclaims."""
+    restart_ms: int
+    """A FUSE layer that has no daemon waits this long for the next one; then its mount is dead (EIO)."""
     ready_ms: int
     """``mount.mxfs`` waits this long for the daemon."""
     announce_ms: int
@@ -94,6 +96,7 @@ class Timeouts:
             claim_bound_ms=claim_wait_ms * 2 // 3,
             io_timeout_ms=lease_ms,
             grace_ms=node_dead_ms,
+            restart_ms=4 * node_dead_ms,
             ready_ms=2 * max(node_dead_ms, 15000),
             announce_ms=heartbeat_ms,
         )

@@ -27,6 +27,7 @@ class Quiet:
 
     def __init__(self) -> None:
         self.calls: list[str] = []
+        self.continues = 0
         self.attached = asyncio.Event()
         self.attached.set()
 

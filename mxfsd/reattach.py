@@ -1,0 +1,112 @@
+"""The daemon's part of a restart under a live mount: go on with the FUSE layer that the daemon before had.
+
+The run directory tells: it names the FUSE layer (`mxfsd.rundir`), and mount.mxfs clears that before a new mount. So a
+daemon that finds a FUSE layer alive goes on with it; one that finds it ended has nothing to serve, and must not mount
+again by itself what somebody unmounted meanwhile.
+"""
+
+import asyncio
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
+
+import structlog
+
+from mxfs_proto.errors import MxfsError, Refusal
+from mxfsd import mountinfo, rundir
+
+if TYPE_CHECKING:
+    from mxfsd.daemon import Daemon
+
+log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
+
+EXIT_FAILED = 3
+"""Exit status of a daemon that ended as in a crash: start it again."""
+_POLL_S = 0.02
+_UMOUNT_S = 10.0
+
+
+class NothingToServe(MxfsError):
+    """The mount that this daemon was to go on with is gone: no failure, and no reason to try again."""
+
+
+async def start_fuse(daemon: "Daemon", kernel_options: tuple[str, ...]) -> None:
+    """Start the FUSE layer, or go on with the one there is. Raises MxfsError."""
+    assert daemon.fuse is not None
+    before = rundir.recall(daemon.run_dir, rundir.FUSE)
+    if before is None:
+        await daemon.fuse.start(daemon.mountpoint, kernel_options, daemon.device, daemon.options.log)
+        return
+    if not before.alive:
+        clear_dead_mount(daemon.mountpoint)
+        rundir.forget(daemon.run_dir, rundir.FUSE, rundir.DEAD)
+        raise NothingToServe("the mount has ended while no daemon ran")
+    log.info("going on with a FUSE layer", fuse_pid=before.pid)
+    await daemon.fuse.adopt(before, daemon.timeouts.restart_ms / 1000)
+    await _heartbeat_ended(daemon)
+
+
+async def _heartbeat_ended(daemon: "Daemon") -> None:
+    """Wait until the heartbeat process of the daemon before has shut down what it had to and said so in the slot."""
+    before = rundir.recall(daemon.run_dir, rundir.HEARTBEAT)
+    if before is None:
+        return
+    # It ends by itself before the lease does; one that still runs then hangs in its disk.
+    deadline = time.monotonic() + (daemon.timeouts.lease_ms + daemon.timeouts.io_timeout_ms) / 1000
+    while before.alive:
+        if time.monotonic() > deadline:
+            log.warning("the heartbeat process before does not end", heartbeat_pid=before.pid)
+            os.kill(before.pid, signal.SIGKILL)
+            raise MxfsError("the heartbeat process of the daemon before hangs")
+        await asyncio.sleep(_POLL_S)
+
+
+def check_slot(daemon: "Daemon") -> None:
+    """The locks of a FUSE layer are those of a slot: they cannot go on in another one. Raises Refusal."""
+    assert daemon.fuse is not None
+    before = daemon.fuse.slot
+    if daemon.fuse.continues and before != daemon.slot:
+        raise Refusal(f"this node's slot {before} was given to another node: unmount, and mount again")
+
+
+def command(daemon: "Daemon") -> list[str]:
+    """Return the command line that the FUSE layer starts the next daemon with; empty where systemd does that."""
+    if daemon.supervised:
+        return []
+    words = [sys.executable, "-P", "-m", "mxfsd.cli.mxfsd", "--device", daemon.device]
+    words += ["--mountpoint", daemon.mountpoint, "--options", daemon.options.to_string()]
+    return [*words, "--run-dir", str(daemon.run_dir)]
+
+
+def patiently(work: Callable[[], T], limit_ms: int) -> T:
+    """Run *work*, which mounts, again while the kernel has not let go of the mount of the daemon before (EBUSY)."""
+    deadline = time.monotonic() + limit_ms / 1000
+    while True:
+        try:
+            return work()
+        except OSError as exc:
+            if exc.errno != errno.EBUSY or time.monotonic() > deadline:
+                raise
+        time.sleep(_POLL_S)
+
+
+def clear_dead_mount(mountpoint: str) -> bool:
+    """Unmount, lazily, a mount of ours whose FUSE process has ended. Returns whether there was one."""
+    mount = mountinfo.at(mountpoint)
+    if mount is None or not mountinfo.is_mxfs(mount):
+        return False
+    subprocess.run(
+        ["umount", "-i", "-l", mountpoint],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        check=False,
+        timeout=_UMOUNT_S,
+    )
+    return True
