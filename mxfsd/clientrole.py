@@ -122,7 +122,8 @@ class ClientRole:
         self._asked_ms.clear()
         assert daemon.fuse is not None
         continues = daemon.fuse.continues
-        conn.send(FrameType.HELLO, greeting.hello(daemon.name, daemon.slot, daemon.options.timeouts, continues))
+        settings = (daemon.options.timeouts, daemon.fencing.name)
+        conn.send(FrameType.HELLO, greeting.hello(daemon.name, daemon.slot, *settings, continues))
         self._renew()
         try:
             welcome = await asyncio.wait_for(self._welcomed, daemon.timeouts.lease_ms / 1000)
@@ -169,6 +170,7 @@ class ClientRole:
         while not self._closed:
             try:
                 await self.connect()
+                daemon.succession.heard()
                 daemon._hold_device()
                 return
             except Refusal as exc:
@@ -184,23 +186,10 @@ class ClientRole:
     async def _succeed(self) -> bool:
         """Become the home where the lease is free, or its owner is dead. True: this role is over."""
         daemon = self._daemon
-        assert daemon.held is not None
-        if now_ms() < self._expected_until_ms:
-            return False
-        lease = await asyncio.to_thread(daemon.lockspace.read_lease)
-        evidence = daemon._evidence()
-        if lease.state is LeaseState.HELD and evidence is None:
-            return False
-        try:
-            held = await asyncio.to_thread(
-                daemon.lockspace.claim_lease, daemon.held.record, daemon.timeouts, evidence=evidence
-            )
-        except MxfsError as exc:
-            log.debug("the lease is not to be had", reason=str(exc))
+        if now_ms() < self._expected_until_ms or not await daemon.succession.attempt():
             return False
         self._closed = True
         daemon.client = None
-        await daemon._become_home(held, daemon._members())
         return True
 
     # -- frames from the home --------------------------------------------------------------------------------------

@@ -29,16 +29,18 @@ from mxfs_proto.frames import (
     unpack_lease,
     unpack_lock,
 )
-from mxfs_proto.ondisk import Address, LeaseState, SlotState
+from mxfs_proto.ondisk import Address, SlotState
 from mxfs_proto.ops import Fid
 from mxfs_proto.records import LockRecord, NodeState, NodeStatus, Record
 from mxfsd import greeting, reattach, rundir
 from mxfsd import log as logging
 from mxfsd.clientrole import ClientRole
 from mxfsd.control import ControlServer
-from mxfsd.core.lease import GONE, HeldLease, HeldSlot, Joiner
+from mxfsd.core.lease import ENDED, HeldLease, HeldSlot, Joiner
 from mxfsd.core.sessions import SessionTable
 from mxfsd.core.timeouts import Timeouts
+from mxfsd.fencing import Fencing, choose
+from mxfsd.fencing import leave as leave_fencing
 from mxfsd.finder import Finder
 from mxfsd.fuselink import FuseLink
 from mxfsd.homerole import HomeRole
@@ -51,8 +53,11 @@ from mxfsd.io.heartbeat_client import BeatReport, HeartbeatClient, HeartbeatEven
 from mxfsd.io.lockspace import Lockspace
 from mxfsd.io.lower import Lower
 from mxfsd.io.peers import PeerConnection, PeerServer
+from mxfsd.members import Members
 from mxfsd.options import MountOptions
+from mxfsd.pr.reservations import Standing
 from mxfsd.report import locks_report, status_report
+from mxfsd.takeover import Succession
 
 log = structlog.get_logger(__name__)
 
@@ -76,7 +81,13 @@ class Daemon:
         self.options = options
         self.run_dir = run_dir
         self.timeouts = Timeouts.named(options.timeouts)
-        self.lockspace = Lockspace.open(device)
+        # Before anything is read: a reservation shuts out who is not registered.
+        self.fencing: Fencing = choose(device, options)
+        try:
+            self.lockspace = Lockspace.open(device)
+        except BaseException:
+            leave_fencing(self.fencing)
+            raise
         self.volume = uuid.UUID(bytes=self.lockspace.volume)
         self.identity: Identity = load_identity(run_dir, options, self.volume)
         self.name = options.node or self.identity.name
@@ -93,9 +104,9 @@ class Daemon:
         self.home_slot = 0
         self.root = Fid(0, 0)
         self.peers: dict[int, PeerConnection] = {}
-        self.last_heard_ms: dict[int, int] = {}
-        self.awaited: set[int] = set()
-        self.grace_until_ms = 0
+        self.members: Members | None = None
+        """Who takes part; known to the home alone."""
+        self.succession = Succession(self)
         self.serving = False
         self._leaving_home = False
         """The home is being given away: it must not begin to serve again by itself."""
@@ -106,6 +117,8 @@ class Daemon:
         self.failed = False
         """This daemon has to end at once, as in a crash; the FUSE layer waits for the next one."""
         self._exclusive_fd = -1
+        self._lower: Lower | None = None
+        self._disk_away = False
         self._lower_left: asyncio.Future[None] | None = None
         self._moving = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -144,7 +157,10 @@ class Daemon:
         if self.options.read_only:
             kernel.append("ro")
         await reattach.start_fuse(self, tuple(kernel))
-        joiner = Joiner(self.identity.node.bytes, self.name, last_incarnation=self.identity.last_incarnation)
+        if self.fencing.warning:
+            log.warning(self.fencing.warning)
+        last = self.identity.last_incarnation
+        joiner = Joiner(self.identity.node.bytes, self.name, pr_key=self.fencing.key, last_incarnation=last)
         self.held = await asyncio.to_thread(self.lockspace.claim_slot, joiner, self.timeouts)
         self.identity.save(self.held.record.incarnation)
         reattach.check_slot(self)
@@ -164,6 +180,7 @@ class Daemon:
         await self._settle()
         await self.heartbeat.set_state(SlotState.ACTIVE)
         self.spawn(self._ticks())
+        self.spawn(self._guard())
         log.info("joined", slot=self.slot, home=self.home_slot, addresses=[str(a) for a in addresses])
         await self._until_mounted()
 
@@ -266,40 +283,9 @@ class Daemon:
 
     async def _settle(self) -> None:
         """Become the home where there is none, else a client of it."""
-        assert self.held is not None and self.heartbeat is not None
         client = ClientRole(self)
-        while True:
-            try:
-                held = await asyncio.to_thread(
-                    self.lockspace.claim_lease, self.held.record, self.timeouts, evidence=self._evidence()
-                )
-            except MxfsError as exc:
-                log.debug("the lease is not to be had", reason=str(exc))
-            else:
-                await self._become_home(held, self._members())
-                return
-            lease = await asyncio.to_thread(self.lockspace.read_lease)
-            if lease.state is LeaseState.HELD and lease.owner_slot != self.slot and await self._become_client(client):
-                return
+        while not await self.succession.attempt() and not await self._become_client(client):
             await self.pause(self.timeouts.heartbeat_ms / 2000)
-
-    def _members(self) -> set[int]:
-        """The other nodes that may hold something from before, one whose daemon restarts too."""
-        report = self.heartbeat.report if self.heartbeat is not None else None
-        views = report.slots.values() if report is not None else ()
-        dead = self.timeouts.node_dead_ms
-        states = (SlotState.ACTIVE, SlotState.RESTARTING)
-        return {v.slot for v in views if v.slot != self.slot and v.state in states and v.age_ms < dead}
-
-    def _evidence(self) -> Any:
-        report = self.heartbeat.report if self.heartbeat is not None else None
-        if report is None or report.lease is None:
-            return None
-        owner = report.slots.get(report.lease.owner_slot)
-        dead = self.timeouts.node_dead_ms
-        if owner is None or owner.age_ms < dead or report.lease.age_ms < dead:
-            return None
-        return report.evidence()
 
     async def _become_client(self, client: ClientRole) -> bool:
         """Connect to the home; False where it is not to be reached just now. Raises Refusal."""
@@ -311,28 +297,41 @@ class Daemon:
             log.info("home not reached", reason=str(exc))
             return False
         self.client = client
+        self.succession.heard()
         self._hold_device()
         return True
 
-    async def _become_home(self, held: HeldLease, members: set[int]) -> None:
-        """With the lease in hand: mount, then hear what every node holds, then serve."""
-        assert self.heartbeat is not None and self.fuse is not None
+    # The steps of a takeover, in their order; ``mxfsd/takeover.py`` calls them.
+
+    async def mount_as_home(self, held: HeldLease) -> None:
+        """With the lease in hand: mount the lower XFS, which replays its log."""
+        assert self.heartbeat is not None
         self._claimed_until_ms = await self.heartbeat.set_home(held)
         self.epoch = held.record.epoch
         self.home_slot = self.slot
         logging.context.epoch = self.epoch
+        self.serving = False
+        self._leaving_home = False
         self._release_device()
         lower = await asyncio.to_thread(reattach.patiently, self._mount, self.timeouts.lease_ms)
         await self._arm(lower)
+        self._lower = lower
         self.root = lower.root
+        self.members = Members(
+            self.slot, self.timeouts, self.device, self.fencing, self._node_out, self._cut_off, self.spawn
+        )
+
+    async def settle_operations(self) -> None:
+        """Find out what became of the operations that were under way; then this node masters the locks."""
+        assert self._lower is not None
         sessions = SessionTable(self.lockspace.volume_id)
-        saved = lower.load_replies()
+        saved = self._lower.load_replies()
         if saved is not None:
             sessions.load(saved)
         self.home = HomeRole(
             self.slot,
             self.epoch,
-            lower,
+            self._lower,
             self.timeouts,
             sessions,
             self.options.read_only,
@@ -340,21 +339,26 @@ class Daemon:
             self._send_reply,
             self._on_silent,
         )
-        self.serving = False
-        self._leaving_home = False
-        self.awaited = set(members)
-        self.grace_until_ms = now_ms() + self.timeouts.grace_ms
+
+    def await_reclaims(self, nodes: frozenset[int]) -> None:
+        """Tell the nodes that there is a home, and hear what they hold; our own FUSE layer too."""
+        assert self.fuse is not None
         if self.finder is not None:
             self.finder.announce_soon()
-        log.info("home", epoch=self.epoch, members=sorted(members))
+        log.info("home", epoch=self.epoch, awaited=sorted(nodes))
         if self.fuse.attached.is_set():
-            self.awaited.add(self.slot)
             self.fuse.freeze(self.epoch, self.slot)
         else:
-            if self.fuse.continues:
-                self.awaited.add(self.slot)
             self._welcome_fuse()
-        self._maybe_serve()
+
+    def serve(self) -> None:
+        """All have said what they hold, or are out: begin."""
+        assert self.home is not None
+        self.serving = True
+        self.home.run(self.home.master.grace_over(now_ms()))
+        self._resume_all()
+        self.home.service.reap_all()
+        log.info("serving", epoch=self.epoch, took_ms=self.succession.took_ms)
 
     def _mount(self, *, exclusive: bool = True) -> Lower:
         lower = Lower(libc.mount_detached(self.device, self.options.read_only, exclusive=exclusive))
@@ -412,21 +416,6 @@ class Daemon:
             conn.send(FrameType.RESUME, pack_json({"epoch": self.epoch}), epoch=self.epoch)
         self._resume_fuse()
 
-    def _maybe_serve(self) -> None:
-        """All nodes have said what they hold, or had their time for it: begin."""
-        if self.home is None or self.serving or self._leaving_home:
-            return
-        if self.awaited and now_ms() < self.grace_until_ms:
-            return
-        for slot in self.awaited:
-            log.warning("did not come back within the grace period", peer=slot)
-        self.awaited.clear()
-        self.serving = True
-        self.home.run(self.home.master.grace_over(now_ms()))
-        self._resume_all()
-        self.home.service.reap_all()
-        log.info("serving", epoch=self.epoch)
-
     # -- a change of home ------------------------------------------------------------------------------------------
 
     async def move_home(self, target: int) -> bool:
@@ -439,7 +428,11 @@ class Daemon:
                 raise MisuseError("this node is not the home any more")
             if target and (target not in self.peers or self.peers[target].closed):
                 raise MisuseError(f"node {target} is not connected")
-            return await self._move_home(self.home, target)
+            try:
+                return await self._move_home(self.home, target)
+            except (MxfsError, OSError) as exc:
+                self.fail(f"the home was lost while it was given away: {exc}")
+                raise
 
     async def _move_home(self, role: HomeRole, target: int) -> bool:
         assert self.heartbeat is not None and self.fuse is not None
@@ -471,11 +464,16 @@ class Daemon:
             "evicted": sorted(self.evicted),
         }
         self.home = None
+        self._lower = None
+        self.succession.gave_up()
+        if self.members is not None:
+            self.members.close()
+            self.members = None
         for conn in list(self.peers.values()):
             conn.send(FrameType.MOVE, pack_json(fields), epoch=self.epoch)
             conn.close()
         self.peers.clear()
-        if target and (self.stopping is None or not self.stopping.done()):
+        if self.stopping is None or not self.stopping.done():
             self.home_slot = target
             self.client = ClientRole(self)
             self.client.expect_home()
@@ -505,6 +503,7 @@ class Daemon:
         lower = await asyncio.to_thread(self._mount, exclusive=False)
         await self._arm(lower)
         role.replace_lower(lower)
+        self._lower = lower
         self._leaving_home = False
         self.serving = True
         self._resume_all()
@@ -516,18 +515,19 @@ class Daemon:
             if self.client is not None:
                 self.client.close()
                 self.client = None
-            try:
-                held = await asyncio.to_thread(
-                    self.lockspace.claim_lease, self.held.record, self.timeouts, wait_ms=self.timeouts.lease_ms
-                )
-            except MxfsError as exc:
-                log.error("the home was offered, but the lease was not to be had", reason=str(exc))
+            self.evicted.update((int(slot), int(incarnation)) for slot, incarnation in fields["evicted"])
+            members = {int(slot) for slot in fields["members"]} - {self.slot}
+            if not await self.succession.attempt(wait_ms=self.timeouts.lease_ms, members=members):
+                log.error("the home was offered, but the lease was not to be had")
                 self.client = ClientRole(self)
                 self.spawn(self.client.follow())
-                return
-            members = {int(slot) for slot in fields["members"]} - {self.slot}
-            self.evicted.update((int(slot), int(incarnation)) for slot, incarnation in fields["evicted"])
-            await self._become_home(held, members)
+
+    def _cut_off(self) -> None:
+        """Most others cannot be reached, though they live: it is this node that is cut off. Let one of them be home."""
+        if self._moving.locked() or self.home is None:
+            return
+        log.error("most nodes cannot be reached although they live: giving the home up")
+        self.spawn(self.move_home(0))
 
     def _hold_device(self) -> bool:
         """Open the device exclusively, so that nobody mounts it by hand here."""
@@ -554,6 +554,8 @@ class Daemon:
         view = report.slots.get(who.slot) if report is not None else None
         if view is not None and view.incarnation > who.incarnation:
             return f"slot {who.slot} has another owner since: mount again there"
+        if view is not None and view.incarnation == who.incarnation and view.state in ENDED:
+            return f"slot {who.slot}, incarnation {who.incarnation} was put out of the volume: mount again there"
         return None
 
     def _on_peer(self, conn: PeerConnection) -> None:
@@ -595,46 +597,51 @@ class Daemon:
             home.reclaim(slot, frame)
         elif frame.type is FrameType.RECLAIM_DONE:
             home.reclaimed(slot)
-            self.awaited.discard(slot)
             if self.serving:
                 conn.send(FrameType.RESUME, pack_json({"epoch": self.epoch}), epoch=self.epoch)
-            self._maybe_serve()
+            self.succession.reclaimed(slot)
         elif frame.type is FrameType.MOVE:
             self.spawn(self._asked_to_move(conn, int(unpack_json(frame.payload)["slot"])))
         elif frame.type is FrameType.LEAVE:
-            self._node_left(slot, "left")
+            if self.members is not None:
+                self.members.left(slot, conn.identity.incarnation)
         else:
             raise PeerError(f"unexpected {frame.type.name}")
 
     def _hello(self, conn: PeerConnection, fields: dict[str, Any]) -> None:
         slot = conn.identity.slot
-        if self.home is None or not self._may_act_as_home():
+        if self.home is None or self.members is None or not self._may_act_as_home():
             conn.refuse("this node is not the home", retry=True)
             return
-        reason = greeting.objection(fields, self.name, self.options.timeouts)
-        if reason is not None:
-            log.warning("peer refused", peer=slot, reason=reason)
-            conn.refuse(reason)
-            return
+        reason = greeting.objection(fields, self.name, self.options.timeouts, self.fencing.name)
         continues = greeting.continued(fields)
-        if (slot, continues) in self.evicted:
-            conn.refuse(f"slot {slot}, incarnation {continues} was put out of the volume: mount again there")
+        if reason is None and (slot, continues) in self.evicted:
+            reason = f"slot {slot}, incarnation {continues} was put out of the volume: mount again there"
+        if reason is None:
+            reason = self.members.connected(slot, conn.identity.incarnation, continues)
+        if reason is not None:
+            log.warning("peer refused", peer=slot, reason=reason or "its earlier incarnation is still being put out")
+            conn.refuse(reason or "what was here before is still being put out", retry=not reason)
             return
         before = self.peers.pop(slot, None)
         if before is not None:
             before.abort()
         self.peers[slot] = conn
-        self.last_heard_ms[slot] = now_ms()
         self.home.greet(slot, conn.identity.incarnation, continues)
         conn.send(FrameType.WELCOME, greeting.welcome(self.epoch, self.slot, self.root), epoch=self.epoch)
         log.info("peer joined", peer=slot, name=fields.get("name"), incarnation=conn.identity.incarnation)
 
     def _lease(self, conn: PeerConnection, stamp_ms: int) -> None:
         """A node asks for its lease. A home that may have lost its own has none to give."""
-        self.last_heard_ms[conn.identity.slot] = now_ms()
-        if self._may_act_as_home():
-            ack = LeaseAck(self.timeouts.lease_ms, stamp_ms)
-            conn.send(FrameType.LEASE_ACK, pack_lease_ack(ack), epoch=self.epoch)
+        if self.members is None:
+            return
+        if not self.members.contact(conn.identity.slot, conn.identity.incarnation):
+            conn.refuse(f"slot {conn.identity.slot} was put out of the volume: mount again there")
+            return
+        if not self._may_act_as_home():
+            return
+        ack = LeaseAck(self.timeouts.lease_ms, stamp_ms)
+        conn.send(FrameType.LEASE_ACK, pack_lease_ack(ack), epoch=self.epoch)
 
     def _may_act_as_home(self) -> bool:
         return now_ms() < self._home_lease_until_ms()
@@ -653,17 +660,19 @@ class Daemon:
         if reason:
             log.warning("home not moved", reason=reason)
 
-    def _node_left(self, slot: int, how: str) -> None:
-        """A node is out for good: drop what it held."""
-        assert self.home is not None
+    def _node_out(self, slot: int, incarnation: int, how: str) -> None:
+        """A node is out for good, and its lease is over: drop what it held."""
+        if self.home is None:
+            return
         log.info("node out", peer=slot, how=how)
-        conn = self.peers.pop(slot, None)
-        if conn is not None:
+        if how == "evicted":
+            self.evicted.add((slot, incarnation))
+        conn = self.peers.get(slot)
+        if conn is not None and conn.identity.incarnation == incarnation:
+            del self.peers[slot]
             conn.close()
-        self.last_heard_ms.pop(slot, None)
-        self.awaited.discard(slot)
         self.home.node_gone(slot)
-        self._maybe_serve()
+        self.succession.out(slot)
 
     def _on_silent(self, slot: int) -> None:
         log.warning("a node does not answer a blocking AST", peer=slot, connected=slot in self.peers)
@@ -706,8 +715,7 @@ class Daemon:
             elif frame.type is FrameType.RECLAIM:
                 self.home.reclaim(self.slot, frame)
             elif frame.type is FrameType.RECLAIM_DONE:
-                self.awaited.discard(self.slot)
-                self._maybe_serve()
+                self.succession.reclaimed(self.slot)
         elif self.client is not None:
             self.client.forward(frame)
 
@@ -718,21 +726,11 @@ class Daemon:
 
     def _on_report(self, report: BeatReport) -> None:
         self._tell_lease()
-        if self.home is None:
-            return
-        for view in report.slots.values():
-            if view.slot == self.slot or view.slot not in self.last_heard_ms:
-                continue
-            if view.slot in self.peers and view.state not in GONE and view.age_ms < self.timeouts.node_dead_ms:
-                continue
-            quiet_ms = now_ms() - self.last_heard_ms[view.slot]
-            if quiet_ms <= self.timeouts.lease_ms + self.timeouts.heartbeat_ms:
-                continue  # its lease may still run: what it caches may still be read there
-            if view.state is SlotState.RESTARTING and quiet_ms <= self.timeouts.node_dead_ms:
-                continue  # the next daemon goes on with what it holds
-            if view.state in GONE or view.age_ms >= self.timeouts.node_dead_ms or quiet_ms > self.timeouts.node_dead_ms:
-                self.evicted.add((view.slot, view.incarnation))
-                self._node_left(view.slot, f"evicted: {view.state.name.lower()}, silent for {quiet_ms} ms")
+        if self.members is not None:
+            if self._disk_away:
+                self.members.disk(False)
+            self.members.report(report)
+        self._disk_away = False
 
     def _tell_lease(self) -> None:
         """Tell the FUSE layer for how long what it caches may be used."""
@@ -749,6 +747,9 @@ class Daemon:
             self.fail(f"{event.name}: {event.reason}")
         elif event.name in ("io_error", "stalled", "lower_down"):
             log.warning("the lockspace does not answer", event_name=event.name, age_ms=event.age_ms)
+            if event.age_ms >= self.timeouts.lease_ms and self.members is not None:
+                self._disk_away = True
+                self.members.disk(True)
 
     async def _ticks(self) -> None:
         while True:
@@ -759,8 +760,55 @@ class Daemon:
                 return
             if self.home is not None:
                 self.home.tick()
-                self._maybe_serve()
+                if self.members is not None:
+                    self.members.tick()
                 self._tell_lease()
+
+    async def _guard(self) -> None:
+        """See at each renewal whether the disk still lets this node in; stop at once where it was shut out."""
+        while True:
+            await asyncio.sleep(self.timeouts.renewal_ms / 1000)
+            try:
+                standing = await asyncio.to_thread(self.fencing.check)
+                if standing is Standing.LOST:
+                    await self._reestablish()
+            except MxfsError as exc:
+                log.warning("the reservation could not be looked at", reason=str(exc))
+                continue
+            if standing is Standing.PREEMPTED:
+                self._crash_lower()
+                self.refused("another node has fenced this one: its registration on the disk is gone")
+                return
+
+    async def _reestablish(self) -> None:
+        """The target forgot registrations and reservation: freeze, let ourselves in again, and go on."""
+        log.error("the disk has lost the reservation: frozen until it is there again")
+        home = self.home if self.serving else None
+        if home is not None and self.fuse is not None:
+            self.serving = False
+            for conn in self.peers.values():
+                conn.send(FrameType.FREEZE, pack_json({"epoch": self.epoch}), epoch=self.epoch)
+            self.fuse.freeze(self.epoch, 0)
+        await asyncio.to_thread(self.fencing.reestablish, self._still_ours)
+        log.warning("the reservation is there again")
+        if home is not None and home is self.home and not self._leaving_home:
+            self.serving = True
+            self._resume_all()
+
+    def _still_ours(self) -> bool:
+        """Whether the disk shows our slot as ours, and the lease too where this node is the home. Runs in a thread."""
+        assert self.held is not None
+        ours = (self.held.record.node_uuid, self.held.record.incarnation)
+        lockspace = Lockspace.open(self.device)
+        try:
+            snap = lockspace.snapshot()
+        finally:
+            lockspace.close()
+        mine = snap.slot(self.held.record.slot)
+        if mine is None or (mine.node_uuid, mine.incarnation) != ours or mine.state in ENDED:
+            return False
+        lease = snap.lease
+        return self.home is None or (lease is not None and (lease.owner_uuid, lease.incarnation) == ours)
 
     # -- operators -------------------------------------------------------------------------------------------------
 

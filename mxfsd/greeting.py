@@ -20,12 +20,12 @@ class Welcome:
     root: Fid
 
 
-def hello(name: str, slot: int, timeouts: str, continues: int = 0) -> bytes:
-    """Return the payload of a HELLO; *timeouts* is the name of the set that the node runs with.
+def hello(name: str, slot: int, timeouts: str, fencing: str, continues: int = 0) -> bytes:
+    """Return the payload of a HELLO; *timeouts* and *fencing* are the names of what the node runs with.
 
     *continues*: the incarnation that its FUSE layer, with its locks and sessions, belonged to; 0: it is new.
     """
-    fields: dict[str, Any] = {"name": name, "slot": slot, "timeouts": timeouts}
+    fields: dict[str, Any] = {"name": name, "slot": slot, "timeouts": timeouts, "fencing": fencing}
     if continues:
         fields["continues"] = continues
     return pack_json(fields)
@@ -39,12 +39,13 @@ def continued(fields: dict[str, Any]) -> int:
     return found
 
 
-def objection(fields: dict[str, Any], home: str, timeouts: str) -> str | None:
-    """Return why the home (with that name and timeouts) cannot have the node of these HELLO fields, or None."""
-    theirs = fields.get("timeouts")
-    if theirs == timeouts:
-        return None
-    return f"node {fields.get('name')} has timeouts={theirs}, home {home} has timeouts={timeouts}: use one set"
+def objection(fields: dict[str, Any], home: str, timeouts: str, fencing: str) -> str | None:
+    """Return why the home (with that name and settings) cannot have the node of these HELLO fields, or None."""
+    for option, ours in (("timeouts", timeouts), ("fencing", fencing)):
+        theirs = fields.get(option)
+        if theirs != ours:
+            return f"node {fields.get('name')} has {option}={theirs}, home {home} has {option}={ours}: use the same"
+    return None
 
 
 def welcome(epoch: int, home: int, root: Fid) -> bytes:

@@ -84,9 +84,9 @@ class Members:
         """A member from before this node became the home."""
         self._membership.expect(now_ms(), slot, incarnation)
 
-    def expects(self, slot: int) -> bool:
-        """Whether the node takes part, heard or not."""
-        return slot in self._membership.present()
+    def heard_ms(self, slot: int) -> int:
+        """When the node was last heard, 0: never."""
+        return self._membership.contact_ms(slot)
 
     # -- news ------------------------------------------------------------------------------------------------------
 

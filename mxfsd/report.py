@@ -54,7 +54,9 @@ def status_report(daemon: "Daemon") -> dict[str, Any]:
         "locks": home.lock_counts() if home is not None else {},
         "basts": home.master.basts if home is not None else 0,
         "ops": home.operation_counts() if home is not None else {},
-        "fencing": "lease",
+        "fencing": daemon.fencing.name,
+        "warning": daemon.fencing.warning,
+        "takeover_ms": daemon.succession.took_ms,
         "discovery": daemon.finder.report() if daemon.finder is not None else {},
         "pid": {"fuse": daemon.fuse.pid if daemon.fuse is not None else 0},
     }

@@ -208,6 +208,11 @@ class Membership:
         member = self._members.get(node)
         return 0 if member is None else member.incarnation
 
+    def contact_ms(self, node: int) -> int:
+        """Return when *node* was last in contact, 0 where it never was: its lease ends lease_ms after that."""
+        member = self._members.get(node)
+        return 0 if member is None else member.contact_ms
+
     def present(self) -> list[int]:
         """Return the nodes that are active or suspect."""
         return [node for node, member in self._members.items() if member.state in _PRESENT]

@@ -4,7 +4,9 @@ from typing import Any
 
 import pytest
 
+from mxfsd.core.takeover import Verdict
 from mxfsd.daemon import Daemon
+from mxfsd.takeover import Succession
 
 
 class Role:
@@ -38,31 +40,43 @@ def daemon() -> Daemon:
     made = Daemon.__new__(Daemon)
     made.home = Role()  # type: ignore[assignment]
     made.fuse = Fuse()  # type: ignore[assignment]
+    made.finder = None
     made.serving = False
-    made.awaited = set()
     made.peers = {}
     made.epoch = 1
-    made.grace_until_ms = 0
-    made._leaving_home = False
+    made.succession = Succession(made)
     return made
 
 
+def awaiting(daemon: Daemon, *slots: int) -> None:
+    machine = daemon.succession._machine
+    machine.suspect()
+    machine.judged(Verdict.NONE)
+    machine.claimed(1)
+    machine.mounted()
+    daemon.succession._later(machine.settled(slots))
+
+
 def test_a_home_serves_when_nobody_is_awaited(daemon: Daemon) -> None:
-    daemon._maybe_serve()
+    awaiting(daemon)
     assert daemon.serving
     assert daemon.home.begun == 1  # type: ignore[union-attr]
 
 
-def test_a_home_waits_for_reclaims_within_the_grace_period(daemon: Daemon) -> None:
-    daemon.awaited = {2}
-    daemon.grace_until_ms = 1 << 62
-    daemon._maybe_serve()
+def test_a_home_waits_for_every_reclaim_or_the_end_of_who_does_not_come(daemon: Daemon) -> None:
+    awaiting(daemon, 2, 3)
+    daemon.succession.reclaimed(2)
     assert not daemon.serving
+    daemon.succession.out(3)
+    assert daemon.serving
+    assert daemon.home.begun == 1  # type: ignore[union-attr]
 
 
-def test_a_tick_during_a_move_does_not_make_the_home_serve_again(daemon: Daemon) -> None:
+def test_news_during_a_move_do_not_make_the_home_serve_again(daemon: Daemon) -> None:
     # Seen: a tick between the freeze and the unmount resumed the FUSE layer, which kept the lower mount: the move was
     # called off, and the nodes waited.
-    daemon._leaving_home = True
-    daemon._maybe_serve()
+    awaiting(daemon)
+    daemon.serving = False
+    daemon.succession.reclaimed(2)
+    daemon.succession.out(3)
     assert not daemon.serving

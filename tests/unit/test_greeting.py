@@ -22,12 +22,15 @@ from mxfsd.io.peers import PeerServer
 
 
 def test_payloads() -> None:
-    fields = unpack_json(greeting.hello("n2", 2, "fast"))
-    assert greeting.objection(fields, "n1", "fast") is None
-    assert greeting.objection(fields, "n1", "default") == (
-        "node n2 has timeouts=fast, home n1 has timeouts=default: use one set"
+    fields = unpack_json(greeting.hello("n2", 2, "fast", "lease"))
+    assert greeting.objection(fields, "n1", "fast", "lease") is None
+    assert greeting.objection(fields, "n1", "default", "lease") == (
+        "node n2 has timeouts=fast, home n1 has timeouts=default: use the same"
     )
-    assert greeting.objection({}, "n1", "default") is not None
+    assert greeting.objection(fields, "n1", "fast", "pr") == (
+        "node n2 has fencing=lease, home n1 has fencing=pr: use the same"
+    )
+    assert greeting.objection({}, "n1", "default", "lease") is not None
     welcome = greeting.read_welcome(unpack_json(greeting.welcome(7, 1, Fid(128, 3))))
     assert welcome == greeting.Welcome(7, 1, Fid(128, 3))
 
@@ -62,8 +65,9 @@ async def test_a_node_joins_and_gets_leases_that_count_from_its_own_request(tmp_
         assert (node.epoch, node.home_slot, node.root) == (5, 1, Fid(128, 1))
         await until(lambda: node.client_lease_until_ms > 0)
         assert begun + both.lease_ms <= node.client_lease_until_ms <= now_ms() + both.lease_ms
+        assert both.home.members is not None
         # The home counts from its receipt of the request, so its count ends later.
-        assert node.client_lease_until_ms <= both.home.last_heard_ms[2] + both.lease_ms
+        assert node.client_lease_until_ms <= both.home.members.heard_ms(2) + both.lease_ms
         before = node.client_lease_until_ms
         await until(lambda: node.client_lease_until_ms > before)  # it asks again by itself
         client: Any = node.client
@@ -80,17 +84,18 @@ async def test_a_node_joins_and_gets_leases_that_count_from_its_own_request(tmp_
 async def test_a_home_whose_own_lease_ended_gives_no_lease(tmp_path: Path) -> None:
     async with cluster(tmp_path) as both:
         node, home = both.node, both.home
+        assert home.members is not None
         node.client = ClientRole(node)
         await node.client.connect()
         await until(lambda: node.client_lease_until_ms > 0)
         home._claimed_until_ms = 0
         # Let an answer that was under way arrive: the second request from now is heard by a home without a lease.
         for _ in range(2):
-            heard = home.last_heard_ms[2]
-            await until(lambda: home.last_heard_ms[2] > heard)  # noqa: B023 - called before the loop goes on
+            heard = home.members.heard_ms(2)
+            await until(lambda: home.members.heard_ms(2) > heard)  # noqa: B023 - called before the loop goes on
         before = node.client_lease_until_ms
-        heard = home.last_heard_ms[2]
-        await until(lambda: home.last_heard_ms[2] > heard)
+        heard = home.members.heard_ms(2)
+        await until(lambda: home.members.heard_ms(2) > heard)
         assert node.client_lease_until_ms == before
 
 
@@ -114,7 +119,7 @@ async def refused(both: Cluster, tries: int = 1) -> tuple[str, str]:
 async def test_other_timeouts(tmp_path: Path) -> None:
     async with cluster(tmp_path, node_options="timeouts=default") as both:
         here, there = await refused(both)
-        expected = "node n2 has timeouts=default, home n1 has timeouts=fast: use one set"
+        expected = "node n2 has timeouts=default, home n1 has timeouts=fast: use the same"
         assert there == expected and here.endswith(expected) and here.startswith("refused by node 1 at 127.0.0.1")
 
 

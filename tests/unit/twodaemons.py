@@ -17,6 +17,7 @@ from mxfsd.daemon import Daemon
 from mxfsd.io.certs import PeerIdentity, VolumeKeys, make_contexts
 from mxfsd.io.clock import now_ms
 from mxfsd.io.peers import PeerServer
+from mxfsd.members import Members
 from mxfsd.options import parse
 
 VOLUME = UUID(bytes=diskimage.VOLUME)
@@ -46,6 +47,7 @@ class Cluster:
         self.node = self._daemon(image, f"node=n2,{node_options}", tmp_path / "r2", 2)
         home: Any = self.home
         home.home = Quiet()
+        home.members = Members(1, home.timeouts, home.device, home.fencing, home._node_out, home._cut_off, home.spawn)
         home.epoch, home.home_slot, home.root = 5, 1, Fid(128, 1)
         home._claimed_until_ms = now_ms() + 600_000
         self.lease_ms = home.timeouts.lease_ms
