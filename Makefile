@@ -4,7 +4,7 @@
 VENV := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check lint format unit sim lab bench clean
+.PHONY: help install demo test check lint format unit sim lab pr bench clean
 
 help:            ## This list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -38,6 +38,9 @@ sim: install     ## The simulator's seeded runs
 
 lab: install     ## Tests on real mounts
 	@$(VENV)/pytest -q tests/lab
+
+pr: install      ## Tests of persistent reservations on a real iSCSI target
+	@$(VENV)/pytest -q tests/pr
 
 bench: install   ## The same work on native XFS, passthroughfs, an MXFS home and an MXFS node, side by side
 	@scripts/venv dev bench

@@ -5,6 +5,7 @@ missing the test is skipped with the reason. With CI=true every test must run: t
 be there, and a skip is an error unless it comes from a capability outside ``REQUIRED`` that is truly absent.
 """
 
+import ctypes
 import faulthandler
 import logging
 import os
@@ -49,6 +50,14 @@ def _xfs() -> str | None:
     return _filesystem("xfs") or _tool("mkfs.xfs") or _tool("xfs_repair")
 
 
+def _tgt() -> str | None:
+    try:
+        ctypes.CDLL("libiscsi.so.7")
+    except OSError:
+        return "libiscsi is not installed"
+    return _tool("tgtd") or _tool("tgtadm")
+
+
 def _netns() -> str | None:
     return _root() or _tool("ip") or (None if Path("/proc/self/ns/net").exists() else "no namespaces")
 
@@ -59,6 +68,7 @@ CAPABILITIES: dict[str, Callable[[], str | None]] = {
     "loop": _loop,
     "xfs": _xfs,
     "netns": _netns,
+    "tgt": _tgt,
     "fio": lambda: _tool("fio"),
     "setfacl": lambda: _tool("setfacl"),
     "setfattr": lambda: _tool("setfattr"),
@@ -67,7 +77,7 @@ CAPABILITIES: dict[str, Callable[[], str | None]] = {
 }
 """Name → a check that returns None, or why this machine cannot."""
 
-REQUIRED = frozenset({"root", "fuse", "loop", "xfs", "netns", "fio", "setfacl", "setfattr"})
+REQUIRED = frozenset({"root", "fuse", "loop", "xfs", "netns", "tgt", "fio", "setfacl", "setfattr"})
 """What a machine that runs CI must have."""
 
 _lawful_skips = pytest.StashKey[bool]()

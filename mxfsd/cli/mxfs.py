@@ -19,7 +19,7 @@ MOVE_S = 90.0
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the parser of everything but ``lab`` and ``info``, which have their own."""
+    """Return the parser of everything but ``lab``, ``info`` and ``pr``, which have their own."""
     top = argparse.ArgumentParser(prog="mxfs", description="Look after MXFS volumes.")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -37,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
     locks.add_argument("volume", nargs="?", help="uuid, label, device or mount point (default: all)")
     with_volume(locks)
     add("info", "show a device's lockspace: mxfs info DEVICE [--json]")
+    add("pr", "show who is registered at the disk, its persistent reservations: mxfs pr DEVICE [--json]")
     home = add("home", "move the home of a volume: mxfs home move NODE")
     actions = home.add_subparsers(dest="action", required=True, metavar="move")
     move = actions.add_parser("move", help="move it to a node")
@@ -76,6 +77,10 @@ def _dispatch(words: list[str]) -> int:
         from mxfsd.info import main_info
 
         return main_info(words[1:])
+    if words[:1] == ["pr"]:
+        from mxfsd.cli.pr import main_pr
+
+        return main_pr(words[1:])
     arguments = parser().parse_args(words)
     match arguments.command:
         case "status":

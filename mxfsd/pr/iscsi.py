@@ -26,7 +26,7 @@ DEFAULT_INITIATOR = "iqn.2026-11.net.mxfs:libiscsi"
 _SESSION_NORMAL = 2
 _NO_DIGEST_FIRST = 1  # ISCSI_HEADER_DIGEST_NONE_CRC32C
 _XFER_NONE, _XFER_READ, _XFER_WRITE = 0, 1, 2
-_STATUS_TIMEOUT = 0x0F000002
+_STATUS_CANCELLED = 0x0F000000  # the first of libiscsi's own codes: cancelled, error, timeout
 _TM_COMPLETE, _TM_NO_LUN, _TM_NOT_SUPPORTED = 0, 2, 5  # RFC 7143 11.6.1
 _SENSE_AT = 2  # RFC 7143 11.4.7.2: two bytes of length come before the sense data
 
@@ -140,6 +140,10 @@ class IscsiUrl:
         return cls(f"{host}:{port}", words[1], int(number))
 
 
+class _Broken(PathFailure):
+    """The connection ended before the answer came."""
+
+
 class _Session:
     """One login. A context of libiscsi and the loop that runs it until a call has its answer."""
 
@@ -150,6 +154,7 @@ class _Session:
         self._timeout_ms = timeout_ms
         self._keep: list[object] = []  # buffers of the command under way: libiscsi has their addresses
         self._outcome: tuple[int, int] | None = None
+        self._old_error = ""
         self._callback = _Callback(self._done)
         context = self._lib.iscsi_create_context(initiator.encode())
         if not context:
@@ -247,21 +252,27 @@ class _Session:
                 ready = poll.poll(min(left, 0.5) * 1000)
                 poll.unregister(fd)
                 if self._lib.iscsi_service(self._context, ready[0][1] if ready else 0) != 0 and self._outcome is None:
-                    raise PathFailure(f"{self._name}: {what}: {self._error()}")
+                    raise _Broken(f"{self._name}: {what}: {self._error()}")
             outcome = self._outcome
-            if outcome[0] >= _STATUS_TIMEOUT & 0x0F000000:
-                raise PathFailure(f"{self._name}: {what}: {self._error()}")
+            if outcome[0] >= _STATUS_CANCELLED:
+                raise _Broken(f"{self._name}: {what}: {self._error()}")
         except PathFailure:
             self.drop()
             raise
         finally:
             self._outcome = None
         self._keep = []
+        self._old_error = self._last_error()
         return outcome
 
     def _error(self) -> str:
+        text = self._last_error()
+        # The library keeps the text of an earlier command's error.
+        return text if text and text != self._old_error else "the connection broke"
+
+    def _last_error(self) -> str:
         text = self._lib.iscsi_get_error(self._context) if self._context else None
-        return " ".join(text.decode(errors="replace").split()) if text else "the connection broke"
+        return " ".join(text.decode(errors="replace").split()) if text else ""
 
 
 class Iscsi:
@@ -295,14 +306,23 @@ class Iscsi:
         """See ``Transport``."""
         if data_out and alloc_in:
             raise MisuseError("a command either sends or receives")
+        try:
+            status, data = self._once(cdb, data_out, alloc_in)
+        except _Broken:
+            # A connection that broke while nobody looked shows at its next use. What only reads may be sent again.
+            if data_out:
+                raise
+            status, data = self._once(cdb, data_out, alloc_in)
+        raise_status(self.name, command_name(cdb), status, data)
+        return data
+
+    def _once(self, cdb: bytes, data_out: bytes, alloc_in: int) -> tuple[int, bytes]:
         session = self._live()
         try:
-            status, data = session.command(cdb, data_out, alloc_in)
+            return session.command(cdb, data_out, alloc_in)
         except PathFailure:
             self._session = None
             raise
-        raise_status(self.name, command_name(cdb), status, data)
-        return data
 
     def lun_reset(self) -> None:
         """See ``Transport``."""
