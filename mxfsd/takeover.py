@@ -63,7 +63,8 @@ def judge(
     slot = report.slots.get(lease.owner_slot) if report is not None else None
     if view is None or (view.epoch, view.owner_slot, view.sequence) != (lease.epoch, lease.owner_slot, lease.sequence):
         return Verdict.ALIVE, None
-    if view.age_ms < dead_ms or slot is None or slot.age_ms < dead_ms:
+    stranger = owner is not None and not same  # its counter tells nothing of the owner of the lease
+    if view.age_ms < dead_ms or (not stranger and (slot is None or slot.age_ms < dead_ms)):
         return Verdict.ALIVE, None
     return Verdict.SILENT, Victim(lease.owner_slot, lease.incarnation, key, Verdict.SILENT)
 

@@ -255,7 +255,8 @@ class SlotClaim(Claim):
         own = self._own(snap)
         if own is not None:
             return own
-        usable = [s for s in snap.slots if s is not None and s.slot not in self._given_up]
+        kept = self._of_the_home(snap)
+        usable = [s for s in snap.slots if s is not None and s.slot not in self._given_up and s.slot != kept]
         # Slots that nobody ever had come first, so that a node that comes back finds its own.
         for state in (SlotState.FREE, SlotState.LEFT):
             free = [s.slot for s in usable if s.state is state]
@@ -264,11 +265,16 @@ class SlotClaim(Claim):
                 return self._take(snap, free[index])
         dead = self.timeouts.node_dead_ms
         for number in range(1, len(snap.slots) + 1):
-            if self.watch.age_ms(number) >= dead:
+            if number != kept and self.watch.age_ms(number) >= dead:
                 return self._take(snap, number)
         if snap.ended_ms - (self.began_ms or 0) > dead + 4 * self.timeouts.heartbeat_ms:
             return Refused(f"all {len(snap.slots)} slots of the volume are in use", EUSERS)
         return Sleep(self.timeouts.heartbeat_ms)
+
+    def _of_the_home(self, snap: Snapshot) -> int:
+        """The slot that the lease names while it is held, 0: none. Who takes the lease has to find the home's
+        registration key there."""
+        return snap.lease.owner_slot if snap.lease is not None and snap.lease.state is LeaseState.HELD else 0
 
     def _own(self, snap: Snapshot) -> Write | Sleep | Refused | None:
         mine = [
