@@ -1,11 +1,14 @@
 """The heartbeat process: writes this node's slot, reads the others', renews the home lease.
 
 ``python -m mxfsd.heartbeat --fd N --device D --slot S --incarnation I --nonce X --since MS --parent PID
---timeouts JSON`` (see ``arguments``)
+--watchdog PATH --timeouts JSON`` (see ``arguments``)
 
 It is a process of its own, because an event loop that has other things to do is no source of liveness. Two threads:
 one does the disk I/O (which may hang), the other one talks to the daemon and watches the time. It talks JSON
 datagrams over the SOCK_SEQPACKET socket *fd*: reports, events and acknowledgements out, commands in.
+
+While this node is home the process holds a descriptor of the lower mount (``mxfsd.guard``), and shuts it down before
+anything else when the lease ends without a renewal, when slot or lease are lost, or when the daemon is gone.
 Imports are few on purpose: it must start fast and stay small.
 """
 
@@ -19,24 +22,26 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
 
-from mxfs_proto.errors import IoFailure, MediaError, MxfsError
+from mxfs_proto.errors import IoFailure, MediaError, MisuseError, MxfsError
 from mxfs_proto.ondisk import Address, LeaseState, SlotRecord, SlotState
 from mxfsd.core.keeper import Duty, Keeper, LeaseLost, SlotLost, Stalled
 from mxfsd.core.lease import HeldLease, HeldSlot, same_lease
 from mxfsd.core.timeouts import Timeouts
 from mxfsd.core.watch import Snapshot, Watch
+from mxfsd.guard import LowerGuard, Watchdog
 from mxfsd.io.clock import now_ms
 from mxfsd.io.lockspace import ClaimRefused, Lockspace
+from mxfsd.io.outbox import Message, Outbox
 
 EXIT_SLOT_LOST = 3
 EXIT_PARENT_DIED = 4
 MAX_DATAGRAM = 1 << 17
 _MCL_CURRENT, _MCL_FUTURE = 1, 2
-
-Message = dict[str, Any]
+_TRIAL_S = 0.02
+_MIN_WAIT_MS = 20
 
 
 def slot_json(slot: SlotRecord, age_ms: int) -> Message:
@@ -57,51 +62,104 @@ def slot_json(slot: SlotRecord, age_ms: int) -> Message:
     }
 
 
+def _beats(slot: SlotRecord) -> bool:
+    return slot.state in (SlotState.JOINING, SlotState.ACTIVE, SlotState.RESTARTING)
+
+
 class Beater:
     """The disk thread: one beat or command after the other."""
 
-    def __init__(self, lockspace: Lockspace, keeper: Keeper, timeouts: Timeouts, post: "Outbox") -> None:
+    def __init__(
+        self,
+        lockspace: Lockspace,
+        keeper: Keeper,
+        timeouts: Timeouts,
+        post: Outbox,
+        guard: LowerGuard,
+        clock: Callable[[], int] = now_ms,
+    ) -> None:
+        self.clock = clock
+        self.guard = guard
         self.lockspace = lockspace
         self.keeper = keeper
         self.timeouts = timeouts
         self.post = post
         self.commands: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self.watch = Watch(timeouts.lease_ms)
+        self.others: list[SlotRecord] = []
+        """The slots that somebody beats in, or did."""
         self.beats = 0
         self.io_since_ms: int | None = None
-        self.ok_ms = now_ms()
+        self.ok_ms = clock()
         self.exit_code: int | None = None
+        self._still_up = False
+        self._ending = threading.Lock()
+        """Held while one of the threads stops being home: never during an I/O on the disk."""
+
+    # -- the end of being home: either thread may find it --------------------------------------------------------
+
+    def fence(self, reason: str) -> bool:
+        """Shut the lower mount down, if there is one that we guard. False: it is up, and cannot be shut down."""
+        try:
+            if self.guard.fence():
+                self.post.event("lower_down", reason=reason)
+        except IoFailure as error:
+            if not self._still_up:
+                self._still_up = True
+                self.post.event("io_error", age_ms=self.clock() - self.ok_ms, reason=str(error))
+            return False
+        return True
+
+    def check_time(self) -> bool:
+        """Stop being home if it is time for that; False: it was. To be called before anything that takes long, and
+        first of all after anything that may have taken long (the process may have been stopped)."""
+        with self._ending:
+            now = self.clock()
+            if self.guard.armed and self.keeper.overdue(now):
+                self.fence("the lease was not renewed in time")
+            lost = self.keeper.expire(now)
+            if lost is None and self.guard.fenced and self.keeper.let_go() is not None:
+                # The other thread has just written a renewal, too late for this one.
+                lost = LeaseLost("the lower mount was shut down")
+            if lost is not None:
+                self.post.event("lease_lost", reason=lost.reason)
+        return lost is None
+
+    # -- the disk thread -------------------------------------------------------------------------------------------
 
     def run(self) -> None:
         """Beat until told to leave or until the slot is lost."""
-        due = now_ms()
+        due = self.clock()
         while self.exit_code is None:
+            self.check_time()
             command: Message | None = None
-            left = due - now_ms()
+            left = due - self.clock()
             if left > 0:
                 try:
                     command = self.commands.get(timeout=left / 1000)
                 except queue.Empty:
                     continue
             try:
-                self.io_since_ms = now_ms()
+                self.io_since_ms = self.clock()
                 if command is not None:
                     self.obey(command)
                 else:
                     self.beat()
             except IoFailure as error:
-                self.post.event("io_error", age_ms=now_ms() - self.ok_ms, reason=str(error))
+                self.post.event("io_error", age_ms=self.clock() - self.ok_ms, reason=str(error))
             except MxfsError as error:
                 self.lose(f"cannot go on: {error}")
             finally:
                 self.io_since_ms = None
             if command is None:
                 # Beats that were missed are not made up for.
-                due = max(due + self.timeouts.heartbeat_ms, now_ms() - self.timeouts.heartbeat_ms)
+                due = max(due + self.timeouts.heartbeat_ms, self.clock() - self.timeouts.heartbeat_ms)
+                due = min(due, self.next_death_ms())
         self.post.wake()
 
     def beat(self) -> None:
         """Read everything, write what is due, report."""
+        self.check_time()
         snap = self.lockspace.snapshot()
         self.watch.observe(snap)
         duties: deque[Duty] = deque(self.keeper.on_read(snap))
@@ -111,22 +169,37 @@ class Beater:
                 self.lose(duty.reason)
                 return
             if isinstance(duty, LeaseLost):
+                self.fence(duty.reason)
                 self.post.event("lease_lost", reason=duty.reason)
             elif isinstance(duty, Stalled):
                 self.recover(duty)
                 return
             else:
+                # We may have been stopped since the read. What is written too late may cover what others wrote.
+                if not self.check_time() or self.clock() > self.keeper.slot_until_ms:
+                    return
                 record = duty.record
                 if isinstance(record, SlotRecord):
                     self.lockspace.write_slot(record)
                 else:
                     self.lockspace.write_lease(record)
-                result = self.keeper.on_written(duty, snap.began_ms, now_ms())
+                result = self.keeper.on_written(duty, snap.began_ms, self.clock())
                 if result is not None:
                     duties.append(result)
-        self.ok_ms = now_ms()
+        self.ok_ms = self.clock()
+        self.others = [
+            slot for slot in snap.slots if slot is not None and slot.slot != self.keeper.record.slot and _beats(slot)
+        ]
         self.beats += 1
+        if self.check_time():
+            self.guard.feed()
         self.post.report(self.report(snap))
+
+    def next_death_ms(self) -> int:
+        """When to read, out of turn, so that a node which does not move is found dead without losing up to a beat."""
+        dead, now = self.timeouts.node_dead_ms, self.clock()
+        dues = [self.watch.due_ms(record.slot, dead) for record in self.others]
+        return min((due for due in dues if due is not None and due > now), default=now + self.timeouts.heartbeat_ms)
 
     def recover(self, stalled: Stalled) -> None:
         """Claim the slot again after a stall; others may have counted this node dead meanwhile."""
@@ -140,7 +213,8 @@ class Beater:
         self.post.event("resumed", nonce=held.record.nonce)
 
     def lose(self, reason: str) -> None:
-        """The slot is not ours: tell the daemon and end."""
+        """The slot is not ours: stop being home, tell the daemon, and end."""
+        self.fence(reason)
         self.keeper.let_go()
         self.post.event("slot_lost", reason=reason)
         self.exit_code = EXIT_SLOT_LOST
@@ -151,6 +225,8 @@ class Beater:
         try:
             if name == "home":
                 answer |= self.home(command)
+            elif name in ("no_home", "leave") and self.guard.armed:
+                answer["error"] = "the lower mount is guarded still: disarm first"
             elif name == "no_home":
                 until = self.keeper.lease_until_ms
                 lease = self.keeper.let_go()
@@ -161,9 +237,13 @@ class Beater:
             elif name == "addresses":
                 self.keeper.set_addresses(tuple(Address(host, port) for host, port in command["addresses"]))
                 self.beat()
-            elif name in ("leave", "gasp"):
-                self.end(SlotState.LEFT if name == "leave" else SlotState.FAILED)
-                self.exit_code = 0 if name == "leave" else EXIT_PARENT_DIED
+            elif name == "leave":
+                self.end(SlotState.LEFT)
+                self.exit_code = 0
+            elif name == "gasp":
+                self.exit_code = EXIT_PARENT_DIED
+                if self.nothing_mounted():
+                    self.end(SlotState.FAILED)
             elif name == "beat":
                 self.beat()
             else:
@@ -175,6 +255,8 @@ class Beater:
 
     def home(self, command: Message) -> Message:
         """Begin to renew a lease that the daemon has just claimed; the first renewal is written at once."""
+        if self.guard.fenced:
+            return {"error": "this home was shut down"}
         lease = self.lockspace.read_lease()
         mine = (self.keeper.record.node_uuid, self.keeper.record.incarnation)
         if (
@@ -183,12 +265,33 @@ class Beater:
             or lease.state is not LeaseState.HELD
         ):
             return {"error": f"the lease is not ours: epoch {lease.epoch}, slot {lease.owner_slot}"}
-        lost = self.keeper.hold(HeldLease(lease, command["since_ms"]), now_ms())
+        lost = self.keeper.hold(HeldLease(lease, command["since_ms"]), self.clock())
         if lost is not None:
             return {"error": lost.reason}
         self.beat()
         held = self.keeper.lease
         return {} if held is not None and same_lease(held, lease) else {"error": "the lease was lost at once"}
+
+    def nothing_mounted(self) -> bool:
+        """Whether FAILED may be said: the lower mount that we guarded is shut down, and there is no other.
+
+        With a lease and no mount to guard, the daemon was mounting or unmounting when it died: a process that maps a
+        file may keep the mount up after it. Only an exclusive open of the device, which no mounted one allows, tells.
+        """
+        if self.guard.armed:
+            return False
+        if self.guard.fenced or self.keeper.lease is None:
+            return True
+        deadline = self.clock() + self.timeouts.heartbeat_ms
+        while True:
+            try:
+                os.close(os.open(self.lockspace.disk.path, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
+            except OSError:
+                if self.clock() >= deadline:
+                    return False
+                time.sleep(_TRIAL_S)
+            else:
+                return True
 
     def end(self, state: SlotState) -> None:
         """Write the last record of this claim, if the slot is ours still. Durable: it must survive a reboot."""
@@ -235,70 +338,6 @@ class Beater:
         }
 
 
-class Outbox:
-    """Datagrams to the daemon, from both threads. Reports may be dropped, anything else is kept and in order."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
-        self._lock = threading.Lock()
-        self._queue: deque[bytes] = deque()
-        self._wake_r, self._wake_w = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-
-    @property
-    def wake_fd(self) -> int:
-        """Readable when the other thread wants attention."""
-        return self._wake_r
-
-    def wake(self) -> None:
-        """Interrupt the poll of the main thread."""
-        try:
-            os.write(self._wake_w, b"x")
-        except BlockingIOError:
-            # A full pipe wakes just as well.
-            return
-
-    def drain(self) -> None:
-        """Forget wake-ups, send what waits."""
-        try:
-            os.read(self._wake_r, 4096)
-        except BlockingIOError:
-            return
-        finally:
-            self.flush()
-
-    def event(self, event: str, **detail: object) -> None:
-        """Send an event."""
-        self.put({"event": event, **detail})
-
-    def put(self, message: Message) -> None:
-        """Send *message*, later if the daemon is slow."""
-        with self._lock:
-            self._queue.append(json.dumps(message).encode())
-        self.flush()
-
-    def report(self, message: Message) -> None:
-        """Send a report unless older messages wait: the next report says the same, newer."""
-        with self._lock:
-            if not self._queue:
-                self._queue.append(json.dumps(message).encode())
-        self.flush()
-
-    def flush(self) -> bool:
-        """Send what waits; return whether something is left."""
-        with self._lock:
-            while self._queue:
-                try:
-                    self.sock.send(self._queue[0], socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-                except BlockingIOError:
-                    return True
-                except OSError:
-                    # The daemon is gone; the main thread sees that by itself.
-                    self._queue.clear()
-                    return False
-                self._queue.popleft()
-        return False
-
-
 def serve(beater: Beater, outbox: Outbox, parent: int) -> int:
     """Run until the beater ends or the daemon dies; return the exit code."""
     thread = threading.Thread(target=beater.run, name="disk", daemon=True)
@@ -309,33 +348,44 @@ def serve(beater: Beater, outbox: Outbox, parent: int) -> int:
     period = beater.timeouts.heartbeat_ms
     warned = 0
     while beater.exit_code is None:
-        waiting = outbox.flush()
-        ready = dict(poll.poll(20 if waiting else period // 2))
+        beater.check_time()
+        ready = dict(poll.poll(_wait_ms(beater, outbox.flush())))
+        # The time comes before everything else: the disk thread may hang, and this process may have been stopped.
+        beater.check_time()
         outbox.drain()
         gone = parent in ready
         if not gone and outbox.sock.fileno() in ready:
             gone = not receive(beater, outbox.sock)
         if gone:
             return gasp(beater, thread)
+        if not thread.is_alive() and beater.exit_code is None:
+            beater.lose("the disk thread has failed")
         since = beater.io_since_ms
-        now = now_ms()
-        lost = beater.keeper.expire(now) if since is not None and now - since > period else None
-        if lost is not None:
-            outbox.event("lease_lost", reason=lost.reason)
+        now = beater.clock()
         if since is not None and now - since > 2 * period and now - warned > period:
             warned = now
             outbox.event("io_error", age_ms=now - beater.ok_ms, reason=f"an I/O hangs since {now - since} ms")
     # Events and the last acknowledgement must arrive.
-    deadline = now_ms() + beater.timeouts.io_timeout_ms
-    while outbox.flush() and now_ms() < deadline:
+    deadline = beater.clock() + beater.timeouts.io_timeout_ms
+    while outbox.flush() and beater.clock() < deadline:
         time.sleep(0.005)
     return beater.exit_code
 
 
+def _wait_ms(beater: Beater, unsent: bool) -> int:
+    """Return for how long nothing need be looked at."""
+    wait = _MIN_WAIT_MS if unsent else beater.timeouts.heartbeat_ms // 2
+    at = beater.keeper.fence_at_ms
+    if beater.guard.armed and at is not None:
+        left = at - beater.clock()
+        wait = min(wait, left if left > 0 else _MIN_WAIT_MS)
+    return wait
+
+
 def receive(beater: Beater, sock: socket.socket) -> bool:
-    """Pass one command on; return False when the daemon has closed its end."""
+    """Pass one command on, or obey it if it needs no disk; return False when the daemon has closed its end."""
     try:
-        data = sock.recv(MAX_DATAGRAM, socket.MSG_DONTWAIT)
+        data, fds, _flags, _address = socket.recv_fds(sock, MAX_DATAGRAM, 1, socket.MSG_DONTWAIT)
     except BlockingIOError:
         return True
     except OSError:
@@ -344,15 +394,37 @@ def receive(beater: Beater, sock: socket.socket) -> bool:
         return False
     try:
         command = json.loads(data)
-    except ValueError:
+        name, answer = command.get("cmd"), {"ack": command.get("id")}
+    except (ValueError, AttributeError):
         return True
-    if isinstance(command, dict):
+    if name != "arm":
+        while fds:
+            os.close(fds.pop())
+    if name not in ("arm", "disarm"):
         beater.commands.put(command)
+        return True
+    try:
+        if name == "disarm":
+            beater.guard.disarm()
+        else:
+            beater.guard.arm(fds[0])
+            beater.check_time()
+            if beater.guard.fenced:
+                answer["error"] = "the lease was over before the lower mount came"
+    except (IndexError, MisuseError, IoFailure) as error:
+        answer["error"] = str(error)
+    beater.post.put(answer)
     return True
 
 
 def gasp(beater: Beater, thread: threading.Thread) -> int:
-    """The daemon died: say so in the slot, so that others need not wait for our counter to stand still."""
+    """The daemon died: shut the lower mount down, and say so in the slot, so that others need not wait for our counter
+    to stand still."""
+    at = beater.keeper.fence_at_ms
+    try:
+        beater.guard.flush_and_fence(0 if at is None else (at - beater.clock()) / 1000)
+    except IoFailure as error:
+        beater.post.event("io_error", reason=str(error))
     beater.commands.put({"cmd": "gasp"})
     thread.join(beater.timeouts.io_timeout_ms / 1000)
     return EXIT_PARENT_DIED
@@ -406,11 +478,20 @@ def main(args: list[str]) -> int:
         return EXIT_SLOT_LOST
     refused = make_urgent()
     keeper = Keeper(HeldSlot(record, int(options["--since"])), timeouts)
+    watchdog = None
+    if options["--watchdog"]:
+        limit_ms = timeouts.node_dead_ms - timeouts.lease_ms
+        watchdog = Watchdog(options["--watchdog"], timeouts.watchdog_ms, limit_ms)
     outbox.event("started", reason=f"not allowed: {', '.join(refused)}" if refused else "")
-    return serve(Beater(lockspace, keeper, timeouts, outbox), outbox, parent)
+    beater = Beater(lockspace, keeper, timeouts, outbox, LowerGuard(watchdog))
+    try:
+        return serve(beater, outbox, parent)
+    except BaseException:
+        beater.fence("the heartbeat process has failed")
+        raise
 
 
-def arguments(fd: int, device: str, held: HeldSlot, timeouts: Timeouts, parent: int) -> list[str]:
+def arguments(fd: int, device: str, held: HeldSlot, timeouts: Timeouts, parent: int, watchdog: str = "") -> list[str]:
     """Return the command line (after the interpreter) that starts this module for a claimed slot."""
     record = held.record
     options = {
@@ -421,6 +502,7 @@ def arguments(fd: int, device: str, held: HeldSlot, timeouts: Timeouts, parent: 
         "--nonce": record.nonce,
         "--since": held.since_ms,
         "--parent": parent,
+        "--watchdog": watchdog,
         "--timeouts": json.dumps(asdict(timeouts)),
     }
     return ["-m", "mxfsd.heartbeat", *(str(part) for pair in options.items() for part in pair)]

@@ -1,8 +1,8 @@
 """What a node does at each heartbeat to keep its slot and, as home, the lease (pure).
 
 The keeper trusts nothing that it wrote too late: its slot is its own until ``self_fence_ms`` and the lease until
-``lease_ms`` after the *start* of the last beat that was written in time. Others wait ``node_dead_ms``, counted from
-what they read, so that a late node has stopped before anybody takes what it had.
+``lease_ms`` after the *start* of the last beat that was written in time; a home stops a margin before that. Others wait
+``node_dead_ms``, counted from what they read, so that a late node has stopped before anybody takes what it had.
 """
 
 from dataclasses import dataclass, replace
@@ -68,6 +68,17 @@ class Keeper:
             return None
         return min(self._lease_ms + self.timeouts.lease_ms, self.slot_until_ms)
 
+    @property
+    def fence_at_ms(self) -> int | None:
+        """When a home that could not renew shuts its XFS down, a margin before the lease ends; None: not home."""
+        until = self.lease_until_ms
+        return None if until is None else until - self.timeouts.fence_margin_ms
+
+    def overdue(self, now_ms: int) -> bool:
+        """Whether a lower mount must not be up any more: the lease is gone, or ends within the margin."""
+        at = self.fence_at_ms
+        return at is None or now_ms >= at
+
     def set_state(self, state: SlotState) -> None:
         """Show *state* from the next beat on."""
         self._state = state
@@ -125,9 +136,8 @@ class Keeper:
         return None
 
     def expire(self, now_ms: int) -> LeaseLost | None:
-        """Return LeaseLost, once, if the lease has run out at *now_ms*; for while an I/O hangs."""
-        until = self.lease_until_ms
-        if until is None or now_ms <= until:
+        """Return LeaseLost, once, if a home must stop at *now_ms* (``fence_at_ms``); for while an I/O hangs."""
+        if self.lease is None or not self.overdue(now_ms):
             return None
         return self._lost(f"expired: nothing was renewed for {now_ms - min(self._lease_ms, self._slot_ms)} ms")
 

@@ -23,6 +23,10 @@ class Timeouts:
     """Period at which the home renews its lease (and a client its locks)."""
     lease_ms: int
     """Length of the home lease and of a cached lock, from the start of the last renewal."""
+    fence_margin_ms: int
+    """A home shuts its XFS down this long before its lease ends: so late may the process that does it be."""
+    watchdog_ms: int
+    """A hardware watchdog resets a home this long after the last good beat."""
     node_dead_ms: int
     """A counter that did not move for this long on the observer's clock belongs to a dead node."""
     self_fence_ms: int
@@ -55,7 +59,15 @@ class Timeouts:
         rules = (
             (min(getattr(self, name) for name in self.__slots__) > 0, "every deadline is positive"),
             (self.heartbeat_ms <= self.renewal_ms, "heartbeat_ms <= renewal_ms"),
-            (2 * self.renewal_ms <= self.lease_ms, "2 * renewal_ms <= lease_ms (one renewal may be lost)"),
+            (
+                2 * self.renewal_ms + self.fence_margin_ms <= self.lease_ms,
+                "2 * renewal_ms + fence_margin_ms <= lease_ms (one renewal may be lost)",
+            ),
+            # A watchdog is fed until the lease ends at the latest, and not before the home has had its chance.
+            (self.lease_ms <= self.watchdog_ms, "lease_ms <= watchdog_ms"),
+            (self.lease_ms + self.watchdog_ms <= self.node_dead_ms, "lease_ms + watchdog_ms <= node_dead_ms"),
+            # Without persistent reservations: what a home had given to the disk when it shut down is through.
+            (self.lease_ms + self.io_timeout_ms <= self.node_dead_ms, "lease_ms + io_timeout_ms <= node_dead_ms"),
             (self.kernel_cache_ms < self.lease_ms - self.renewal_ms, "kernel_cache_ms < lease - renewal"),
             (self.lease_ms <= self.self_fence_ms, "lease_ms <= self_fence_ms"),
             (
@@ -86,6 +98,8 @@ class Timeouts:
             heartbeat_ms=heartbeat_ms,
             renewal_ms=renewal_ms,
             lease_ms=lease_ms,
+            fence_margin_ms=lease_ms // 10,
+            watchdog_ms=lease_ms,
             node_dead_ms=node_dead_ms,
             self_fence_ms=lease_ms + (node_dead_ms - lease_ms) // 3,
             lock_wait_ms=2 * node_dead_ms,

@@ -65,6 +65,11 @@ class Watch:
             return 0
         return max(0, self._last.began_ms - self._since[key])
 
+    def due_ms(self, key: int, limit_ms: int) -> int | None:
+        """Return when a read must begin to find that the record did not move for *limit_ms*; None: never read."""
+        since = self._since.get(key)
+        return None if since is None else since + limit_ms
+
     def beats(self, slot: int) -> int:
         """Return how often the slot was seen to move under its present claim."""
         return self._beats.get(slot, 0)

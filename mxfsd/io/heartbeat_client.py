@@ -107,9 +107,9 @@ class BeatReport:
 class HeartbeatEvent:
     """Something that is no report.
 
-    *name*: started, slot_lost (this node is out: stop), lease_lost (stop acting as home now), io_error (*age_ms* since
-    the last good beat), stalled (nothing was written for too long; caches and locks are void), resumed, died (the
-    process ended unasked: treat it like slot_lost).
+    *name*: started, lower_down (the process has shut the lower mount down), slot_lost (this node is out: stop),
+    lease_lost (stop acting as home now), io_error (*age_ms* since the last good beat), stalled (nothing was written for
+    too long; caches and locks are void), resumed, died (the process ended unasked: treat it like slot_lost).
     """
 
     name: str
@@ -127,7 +127,12 @@ class HeartbeatClient:
         timeouts: Timeouts,
         on_report: Callable[[BeatReport], None],
         on_event: Callable[[HeartbeatEvent], None],
+        *,
+        watchdog: str = "",
     ) -> None:
+        self.watchdog = watchdog
+        self.armed = False
+        """The process guards a lower mount of ours."""
         self.device = device
         self.held = held
         self.timeouts = timeouts
@@ -161,7 +166,8 @@ class HeartbeatClient:
             raise MisuseError("the heartbeat process was started already")
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
-        command = [sys.executable, *arguments(theirs.fileno(), self.device, self.held, self.timeouts, os.getpid())]
+        words = arguments(theirs.fileno(), self.device, self.held, self.timeouts, os.getpid(), self.watchdog)
+        command = [sys.executable, *words]
         try:
             with theirs:
                 # A session of its own: an interrupt typed at a terminal must not stop the beats.
@@ -203,8 +209,28 @@ class HeartbeatClient:
         await self._command("home", epoch=held.record.epoch, since_ms=held.since_ms)
         return held.since_ms + self.timeouts.lease_ms
 
+    async def arm(self, lower_fd: int) -> None:
+        """Have the process shut the lower mount at *lower_fd* down when this node must not be home any more.
+
+        To be called right after mounting, before anybody is served. Raises IoFailure: the lease is over (then the mount
+        was shut down), or the watchdog cannot be used.
+        """
+        self.armed = True
+        await self._command("arm", fd=lower_fd)
+
+    async def disarm(self) -> None:
+        """Have the process close its descriptor of the lower mount, which is left in good order. Raises IoFailure."""
+        await self._command("disarm")
+        self.armed = False
+
     async def leave(self) -> None:
-        """Write LEFT into the slot and end the process. Raises IoFailure if that was not to be written."""
+        """Write LEFT into the slot and end the process. Raises IoFailure if that was not to be written.
+
+        Raises MisuseError while a lower mount is guarded: then only the end of this process tells the other one to shut
+        it down.
+        """
+        if self.armed:
+            raise MisuseError("the lower mount is guarded still")
         self._leaving = True
         try:
             await self._command("leave")
@@ -226,7 +252,7 @@ class HeartbeatClient:
                 pass
         self._close("was ended")
 
-    async def _command(self, name: str, *, limit_ms: int = 0, **arguments: object) -> dict[str, Any]:
+    async def _command(self, name: str, *, limit_ms: int = 0, fd: int = -1, **arguments: object) -> dict[str, Any]:
         """Send a command and return the answer; one beat may be in the way, so node_dead_ms is the limit."""
         if self._sock is None:
             raise IoFailure("the heartbeat process is not running")
@@ -235,7 +261,8 @@ class HeartbeatClient:
         future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._acks[number] = future
         try:
-            self._sock.send(json.dumps({"cmd": name, "id": number, **arguments}).encode())
+            data = json.dumps({"cmd": name, "id": number, **arguments}).encode()
+            socket.send_fds(self._sock, [data], [fd] if fd >= 0 else [])
             answer = await asyncio.wait_for(future, (limit_ms or self.timeouts.node_dead_ms) / 1000)
         except TimeoutError as error:
             raise IoFailure(f"the heartbeat process did not answer {name!r}: does the disk hang?") from error

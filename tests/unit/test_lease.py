@@ -509,8 +509,10 @@ def test_home_renews_and_expires(disk: FakeDisk) -> None:
     assert beat.record.is_home
     assert keeper.on_written(renewal, disk.now, disk.now + 1) is None
     assert keeper.lease_until_ms == disk.now + T.lease_ms
-    assert keeper.expire(disk.now + T.lease_ms) is None
-    lost = keeper.expire(disk.now + T.lease_ms + 1)
+    fence_at = disk.now + T.lease_ms - T.fence_margin_ms
+    assert keeper.fence_at_ms == fence_at
+    assert keeper.expire(fence_at - 1) is None
+    lost = keeper.expire(fence_at)
     assert isinstance(lost, LeaseLost)
     assert keeper.lease is None
 

@@ -42,6 +42,10 @@ def test_unknown_name() -> None:
         {"self_fence_ms": 4999},
         {"claim_bound_ms": 250},
         {"renewal_ms": 2600},
+        {"renewal_ms": 2300},  # no room for the margin of self-fencing
+        {"watchdog_ms": 4999},
+        {"watchdog_ms": 10001},
+        {"node_dead_ms": 9999, "self_fence_ms": 5000},
         {"node_dead_ms": 30000},
     ],
 )
@@ -65,7 +69,7 @@ def test_timeline_in_the_document() -> None:
     claims = re.findall(r"`([a-z_ 0-9+*-]+)` = (\d+)", DOC.read_text())
     assert len(claims) >= 8
     for expression, number in claims:
-        total = sum(_term(term, values) for term in expression.split("+"))
+        total = sum(_term(term, values) for term in expression.replace("- ", "+ -1 * ").split("+"))
         assert total == int(number), expression
 
 
@@ -73,5 +77,5 @@ def _term(term: str, values: dict[str, int]) -> int:
     product = 1
     for factor in term.split("*"):
         name = factor.strip()
-        product *= int(name) if name.isdigit() else values[name]
+        product *= int(name) if name.lstrip("-").isdigit() else values[name]
     return product
