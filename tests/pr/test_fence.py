@@ -270,10 +270,8 @@ def test_facts_of_tgtd_that_the_code_relies_on(tgt_disk: TgtDisk) -> None:
     assert capabilities.types is not None
     assert PrType.EXCLUSIVE_ACCESS_ALL_REGISTRANTS in capabilities.types
     assert a.pr.full_status() is None
-    session = tgt_disk.tgt.initiator("d")
-    session.close()
     with pytest.raises(CheckCondition) as caught:
-        tgt_disk.tgt.initiator("a2").compare_and_write(9, bytes(BLOCK), b"x" * BLOCK)
+        tgt_disk.tgt.initiator("other").compare_and_write(9, bytes(BLOCK), b"x" * BLOCK)
     assert caught.value.sense.key is SenseKey.ILLEGAL_REQUEST
 
 
@@ -283,6 +281,18 @@ def test_tgtd_forgets_a_registration_when_its_session_ends(tgt_disk: TgtDisk) ->
     a.nexus.close()
     assert a.pr.read_keys().keys == (A,)
     refused(a)
+
+
+def test_two_sessions_of_one_initiator_name_are_two_nexuses(tgt: Tgt) -> None:
+    """``mxfs pr`` on the host of a node must not end that node's session."""
+    first, second = (ScsiNexus(tgt.initiator("same")) for _ in range(2))
+    a = Reservations("disk", [first])
+    a.register(A)
+    a.reserve()
+    assert first.run(read16(0, 1), alloc_in=BLOCK) == bytes(BLOCK)
+    with pytest.raises(ReservationConflict):
+        second.run(read16(0, 1), alloc_in=BLOCK)
+    assert first.run(read16(0, 1), alloc_in=BLOCK) == bytes(BLOCK)
 
 
 # --- finding it ---

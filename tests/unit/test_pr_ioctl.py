@@ -32,7 +32,7 @@ from mxfsd.pr.errors import (
 from mxfsd.pr.reservations import Reservations, Standing
 from mxfsd.pr.scsi import Busy, ScsiNexus
 from mxfsd.pr.sense import Sense
-from mxfsd.pr.sgio import RESET_DEVICE_NO_ESCALATE, SG_IO, SG_SCSI_RESET, SgIo
+from mxfsd.pr.sgio import SG_IO, SG_SCSI_RESET, SgIo
 from mxfsd.pr.spc import Held, InAction, OutAction, PrOut, pr_in, read16, write16
 
 Ioctl = Callable[[int, int, bytearray], int]
@@ -91,7 +91,7 @@ class ScsiKernel:
 
     def __call__(self, _fd: int, request: int, argument: bytearray) -> int:
         if request == SG_SCSI_RESET:
-            assert struct.unpack("=i", argument) == (RESET_DEVICE_NO_ESCALATE,)
+            assert struct.unpack("=i", argument) == (0x101,)  # the device, no escalation
             self.wire.lun_reset()
             return 0
         assert request == SG_IO
@@ -468,10 +468,12 @@ def test_devices_whose_reservations_are_not_theirs(
     assert disk.opened == []
 
 
-def test_a_scsi_disk_without_reservations(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sense", ["05 00000000 0a 00000000 20 00", "02 00000000 0a 00000000 04 03"])
+def test_a_scsi_disk_without_reservations(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, sense: str) -> None:
+    """One that has no such command; but not one that is not ready and may have it."""
     disk = fake(monkeypatch, tmp_path, "sdb")
     refusal = {"status": 2, "sb_len_wr": 18}
-    raw = bytes.fromhex("70 00 05 00000000 0a 00000000 20 00 00000000")
+    raw = bytes.fromhex(f"70 00 {sense} 00000000")
 
     def refuse(fd: int, request: int, argument: bytearray) -> int:
         filled(**refusal)(fd, request, argument)
@@ -479,6 +481,10 @@ def test_a_scsi_disk_without_reservations(monkeypatch: pytest.MonkeyPatch, tmp_p
         return 0
 
     monkeypatch.setattr(probe, "SgIo", lambda _path, timeout_ms: SgIo("/dev/null", timeout_ms=timeout_ms, ioctl=refuse))
+    if sense.startswith("02"):
+        with pytest.raises(CheckCondition, match="manual intervention required"):
+            probe.open_reservations("/dev/sdb", sysfs=disk.sysfs)
+        return
     found = probe.open_reservations("/dev/sdb", sysfs=disk.sysfs)
     assert found.reservations is None
     assert "invalid command operation code" in found.reason

@@ -15,6 +15,7 @@ from mxfsd.pr.errors import (
     PathFailure,
     Preempted,
     ReservationConflict,
+    ReservationError,
     ReservationLost,
     StaleRegistration,
     Unconfirmed,
@@ -160,6 +161,20 @@ def test_reserve_when_the_answer_is_lost(target: FakeTarget) -> None:
     assert target.type == 8
 
 
+def test_what_else_the_target_says_to_register_is_reported() -> None:
+    node = Node(FakeTarget(), "a")
+    calls = []
+
+    def broken(what: str) -> None:
+        calls.append(what)
+        assert len(calls) < 50
+        raise CheckCondition("x", HARDWARE)
+
+    node.wire.hook = broken
+    with pytest.raises(CheckCondition, match="HARDWARE ERROR"):
+        node.pr.register(A)
+
+
 # --- leaving ---
 
 
@@ -223,6 +238,19 @@ def test_every_path_of_the_victim_is_fenced(target: FakeTarget) -> None:
     a.pr.preempt(B)
     assert target.registered == {"a0": A, "a1": A}
     fenced(target, b)
+
+
+def test_a_path_that_the_target_has_forgotten_is_passed_over(target: FakeTarget) -> None:
+    a, b = Node(target, "a", paths=2).join(A), Node(target, "b").join(B)
+    del target.registered["a0"]
+    a.pr.preempt(B)
+    fenced(target, b)
+    c = Node(target, "c").join(C)
+    del target.registered["a1"]
+    target.registered["elsewhere"] = A
+    with pytest.raises(PathFailure, match="refuses our key on this path"):
+        a.pr.preempt(C)
+    assert c.pr.check() is Standing.OK
 
 
 def test_the_one_who_preempted_died_before_the_reset() -> None:
@@ -462,6 +490,35 @@ def test_reading_needs_no_registration(target: FakeTarget) -> None:
         assert status is None
     reader.pr.close()
     assert reader.wire.closed
+
+
+def test_a_dead_path_is_not_asked_first_again(target: FakeTarget) -> None:
+    """It would cost its time limit at each renewal."""
+    node = Node(target, "a", paths=2).join(A)
+    asked: list[str] = []
+
+    def dead(what: str) -> None:
+        asked.append(what)
+        raise PathFailure("no connection")
+
+    node.wire.hook = dead
+    for _ in range(3):
+        assert node.pr.check() is Standing.OK
+    assert len(asked) == 1
+
+
+def test_clear_says_when_somebody_is_back(target: FakeTarget) -> None:
+    a, _ = cluster(target)
+    c = Node(target, "c")
+
+    def back(what: str) -> None:
+        if what == "READ KEYS":
+            target.registered["a0"] = A
+
+    c.wire.hook = back
+    with pytest.raises(ReservationError, match="registered again"):
+        c.pr.clear(C)
+    assert a.pr.check() is Standing.LOST
 
 
 def test_clear(target: FakeTarget) -> None:
