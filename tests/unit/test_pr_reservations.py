@@ -163,11 +163,9 @@ def test_reserve_when_the_answer_is_lost(target: FakeTarget) -> None:
 
 def test_what_else_the_target_says_to_register_is_reported() -> None:
     node = Node(FakeTarget(), "a")
-    calls = []
 
     def broken(what: str) -> None:
-        calls.append(what)
-        assert len(calls) < 50
+        node.wire.hook = lambda _what: None
         raise CheckCondition("x", HARDWARE)
 
     node.wire.hook = broken
