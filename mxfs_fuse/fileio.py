@@ -406,8 +406,8 @@ class FileIO:
         if state.gate is not None:
             await state.pass_gate()
         if state.lower is not None:
-            await state.in_lower(functools.partial(state.lower.sync, node.fid))
+            await state.sync_local(node)
         else:
             await state.link.ship(Op.FSYNC, 0, 0, (*node.fid, int(datasync)))
             await node.settle()
-            self._raise_behind(node)
+        self._raise_behind(node)

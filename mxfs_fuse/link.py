@@ -35,6 +35,7 @@ class OperationLink:
         self._conn: UnixFrameConnection | None = None
         self._on_grants = on_grants
         self._open = False
+        self._failed = 0
         self.shipped = 0
         self.before_send: Callable[[], None] | None = None
         """Called before an operation is sent: what was held back to be sent together must go first."""
@@ -80,6 +81,9 @@ class OperationLink:
         ack = next(iter(self._pending), seq) - 1  # insertion order is sequence order
         parts = pack_request(op, OpFlag.WANT_LOCK if want_lock else 0, uid, gid, ack, values)
         future: asyncio.Future[tuple[list[Grant], list[Any]]] = asyncio.get_running_loop().create_future()
+        if self._failed:
+            future.set_exception(OperationError(self._failed, []))
+            return future
         self._pending[seq] = _Pending(op, parts, future)
         self.shipped += 1
         self._send(seq, parts)
@@ -110,6 +114,7 @@ class OperationLink:
             if not pending.future.done():
                 pending.future.set_exception(OperationError(code, []))
         self._pending.clear()
+        self._failed = code
 
 
 class OperationError(OSError):

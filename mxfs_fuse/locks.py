@@ -140,6 +140,14 @@ class LockClient:
         elif isinstance(record, LockDeny):
             self.run(self.cache.on_deny(now, record.req_id, record.ino, record.errno))
 
+    def fail_all(self, code: int) -> None:
+        """End every wait for a lock with an error: the mount is dead."""
+        for futures in self._waits.values():
+            for future in futures:
+                if not future.done():
+                    future.set_exception(OSError(code, os.strerror(code)))
+        self._waits.clear()
+
     # -- a change of home ------------------------------------------------------------------------------------------
 
     def suspend(self) -> None:
@@ -271,6 +279,17 @@ class LockClient:
         """Drop all pages of a file but those that waiting upcalls have locked (the lock is lost already)."""
         work = self._in_thread(self._invalidate_ranges, node.fid.ino, _gaps(node.in_flight))
         return asyncio.ensure_future(work)
+
+    def drop_attributes(self, inos: list[int]) -> asyncio.Future[None]:
+        """Drop every directory entry and the attributes of these inodes."""
+        return asyncio.ensure_future(self._in_thread(self._drop_all_attributes, inos))
+
+    def _drop_all_attributes(self, inos: list[int]) -> None:
+        if self.kernel is not None:
+            if self.kernel.has_epoch:
+                self.kernel.inc_epoch()
+            for ino in inos:
+                _check(self.kernel.inval_attributes(self._nodeid_of(ino)))
 
     async def _in_thread(self, work: Callable[..., None], *args: object) -> None:
         await asyncio.get_running_loop().run_in_executor(self._pool, work, *args)

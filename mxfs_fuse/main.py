@@ -8,6 +8,7 @@ import struct
 import sys
 import uuid
 from collections import deque
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyfuse3
@@ -15,6 +16,8 @@ import pyfuse3.asyncio
 import structlog
 
 from mxfs_fuse.kernel import KernelNotifier, fuse_device_fd
+from mxfs_fuse.loss import LowerEnd
+from mxfs_fuse.nextdaemon import NextDaemon
 from mxfs_fuse.nodes import Node
 from mxfs_fuse.operations import Operations
 from mxfs_fuse.state import State
@@ -33,6 +36,7 @@ from mxfs_proto.records import (
     RecoveryStart,
 )
 from mxfsd import log as logging
+from mxfsd import rundir
 from mxfsd.core.epochs import first_seq
 from mxfsd.io.clock import now_ms
 from mxfsd.io.lower import Lower
@@ -45,6 +49,7 @@ _MAX_TASKS = 1 << 20
 """Upcalls served at once: one that waits for a lock must never keep the one out that the lock's holder needs."""
 _RECLAIM_ROWS = 50_000
 _CONNECT_TRIES = 200
+_CONNECT_S = 0.02
 
 
 class Resume(NamedTuple):
@@ -63,6 +68,7 @@ class Server:
         self._args = args
         self._volume = uuid.UUID(args.volume)
         self._conn: UnixFrameConnection | None = None
+        self._run_dir = Path(args.socket).parent
         self._netlink = NetlinkEndpoint(self._on_record, volume_id(self._volume.bytes))
         self._welcome: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._resumes: deque[Resume] = deque()
@@ -70,10 +76,17 @@ class Server:
         self._held_back: list[Record] | None = None
         """Records behind a RECOVERY_DONE whose RESUME has not come over the socket yet."""
         self._node = 0
+        self._incarnation = 0
+        self._restart: list[str] = []
+        self._restart_ms = 0
+        self._heartbeat: rundir.Process | None = None
+        self._outage: NextDaemon | None = None
+        """Since the daemon was lost, until operations go on."""
+        self._reattaching: asyncio.Task[None] | None = None
+        self._serving = False
         self.state: State | None = None
         self.operations: Operations | None = None
         self._lease_timer: asyncio.TimerHandle | None = None
-        self._lost = asyncio.Event()
         self._lapsed = False
         self._leaving: asyncio.Task[None] | None = None
         self._drops: list[tuple[Node, asyncio.Future[None]]] = []
@@ -84,24 +97,52 @@ class Server:
     async def connect(self) -> None:
         """Meet the daemon; return when operations may be served."""
         for _ in range(_CONNECT_TRIES):
-            try:
-                self._conn = connect_unix(self._args.socket, self._frame_came, self._on_lost)
+            if self._dial():
                 break
-            except IoFailure:
-                await asyncio.sleep(0.02)
+            await asyncio.sleep(_CONNECT_S)
         else:
             raise PeerError(f"{self._args.socket}: no daemon answers")
-        portid = self._netlink.open()
-        self._conn.send(FrameType.FUSE_HELLO, [pack_json({"portid": portid, "pid": os.getpid()})])
+        self._hello()
         fields = await self._welcome
-        self._node = int(fields["node"])
         root = Fid(*fields["root"])
-        self.state = State(root, int(fields["kernel_cache_ms"]), bool(fields["readonly"]), self._netlink.send)
-        self.state.link.attach(self._conn)
+        self.state = State(root, int(fields["kernel_cache_ms"]), bool(fields["readonly"]), self._send_record)
+        self.state.on_lower_down = self._lower_is_down
         self.operations = Operations(self.state)
         logging.context.volume = str(self._volume)
         logging.context.node = str(fields["name"])
+        self._welcomed(fields)
+
+    def _dial(self) -> bool:
+        """Connect to the daemon's socket, if there is one."""
+        try:
+            self._conn = connect_unix(self._args.socket, self._frame_came, self._on_lost)
+        except IoFailure:
+            return False
+        return True
+
+    def _hello(self) -> None:
+        """Say who we are: to a later daemon also whose locks we have."""
+        assert self._conn is not None
+        fields: dict[str, Any] = {"portid": self._netlink.open(), "pid": os.getpid()}
+        if self._incarnation:
+            fields.update(node=self._node, incarnation=self._incarnation)
+        self._conn.send(FrameType.FUSE_HELLO, [pack_json(fields)])
+
+    def _welcomed(self, fields: dict[str, Any]) -> None:
+        """The daemon has joined the volume and knows its home."""
+        assert self.state is not None and self._conn is not None
+        self._node = int(fields["node"])
+        self._incarnation = int(fields["incarnation"])
+        self._restart = [str(word) for word in fields["restart"]]
+        self._restart_ms = int(fields["restart_ms"])
+        self._heartbeat = rundir.recall(self._run_dir, rundir.HEARTBEAT)
+        self.state.link.attach(self._conn)
         self._netlink.connect(int(fields["portid"]))
+
+    def _send_record(self, record: Record) -> None:
+        """Put a record on the netlink channel. Without a daemon it is dropped: reclaims make up for it."""
+        if self._netlink.is_open:
+            self._netlink.send(record)
 
     async def serve(self) -> None:
         """Mount and serve until the mount is gone."""
@@ -119,19 +160,17 @@ class Server:
             main = loop.create_task(pyfuse3.main(max_tasks=_MAX_TASKS))
             await self._answers()
             set_readahead(self._args.mountpoint)
-            self._conn.send(FrameType.FUSE_READY, [pack_json({"pid": os.getpid()})])
+            if self._conn is not None:
+                self._conn.send(FrameType.FUSE_READY, [pack_json({"pid": os.getpid()})])
             log.info("mounted", mountpoint=self._args.mountpoint, entry_epochs=kernel.has_epoch)
-            lost = loop.create_task(self._lost.wait())
+            self._serving = True
             ticks = loop.create_task(self._ticks())
-            await asyncio.wait((main, lost), return_when=asyncio.FIRST_COMPLETED)
-            if main.done():
-                main.result()
-            else:
-                log.error("the daemon is gone")
-                self.state.link.fail_all()
-                terminate()
-            lost.cancel()
+            if self._conn is None:
+                self._daemon_gone()
+            await main
             ticks.cancel()
+            if self._reattaching is not None:
+                self._reattaching.cancel()
         finally:
             pyfuse3.close(unmount=True)
 
@@ -160,10 +199,103 @@ class Server:
             self._conn.close()
         self._netlink.close()
 
-    def _on_lost(self, _conn: UnixFrameConnection, _error: MxfsError | None) -> None:
-        self._lost.set()
+    # -- life without a daemon -------------------------------------------------------------------------------------
+
+    def _on_lost(self, conn: UnixFrameConnection, _error: MxfsError | None) -> None:
+        if conn is not self._conn:
+            return
+        self._conn = None
         if not self._welcome.done():
             self._welcome.set_exception(PeerError("the daemon closed the connection"))
+        elif self._serving:
+            self._daemon_gone()
+
+    def _daemon_gone(self) -> None:
+        """The daemon died, or ended itself: hold everything back until the next one."""
+        state = self.state
+        assert state is not None
+        if state.dead or (self._reattaching is not None and not self._reattaching.done()):
+            return
+        log.warning("the daemon is gone: operations wait for the next one")
+        self._freeze()
+        self._netlink.close()
+        self._recorded = []
+        self._held_back = None
+        while self._resumes:
+            resume = self._resumes.popleft()
+            if resume.mount_fd >= 0:
+                os.close(resume.mount_fd)
+        self._drop_kernel_caches()
+        if self._outage is None:
+            self._outage = NextDaemon(self._restart, self._restart_ms, now_ms())
+        self._reattaching = asyncio.get_running_loop().create_task(self._reattach(self._outage))
+
+    async def _reattach(self, outage: NextDaemon) -> None:
+        """Leave the lower mount, and go on with the next daemon; without one the mount is dead in the end."""
+        state = self.state
+        assert state is not None and self.operations is not None
+        outage.step(now_ms(), connected=False)  # it starts while we close things
+        self.operations.io.close_lower()
+        await LowerEnd(state, self._run_dir, self._heartbeat, self._restart_ms / 1000).leave()
+        while not state.dead and outage.step(now_ms(), connected=False):
+            if not self._dial():
+                await asyncio.sleep(_CONNECT_S)
+                continue
+            self._netlink.close()
+            self._netlink = NetlinkEndpoint(self._on_record, volume_id(self._volume.bytes))
+            self._welcome = asyncio.get_running_loop().create_future()
+            self._hello()
+            conn = self._conn
+            try:
+                fields = await self._welcome
+            except PeerError:
+                continue
+            if conn is not None and conn is self._conn:
+                log.info("the next daemon is here", starts=outage.starts)
+                self._welcomed(fields)
+                return
+        if not state.dead:
+            self._give_up(f"no daemon came within {self._restart_ms} ms")
+
+    def _give_up(self, reason: str) -> None:
+        """This node is out of the volume, or will not have a daemon again: nothing waits any longer."""
+        state = self.state
+        assert state is not None
+        if state.dead:
+            return
+        log.error("the mount is dead: every operation fails until it is unmounted", reason=reason)
+        state.die(reason)
+        self._drop_kernel_caches()
+        try:
+            (self._run_dir / rundir.DEAD).write_text(reason + "\n", encoding="utf-8")
+        except OSError as exc:
+            log.warning("cannot note that the mount is dead", reason=str(exc))
+
+    async def _refused(self, reason: str) -> None:
+        """The daemon says that this node is out: leave the lower mount, if there is one, and serve nothing more."""
+        state = self.state
+        assert state is not None and self.operations is not None
+        self._freeze()
+        self.operations.io.close_lower()
+        await LowerEnd(state, self._run_dir, self._heartbeat, self._restart_ms / 1000).leave()
+        self._give_up(reason)
+
+    def _lower_is_down(self) -> None:
+        """The lower mount was shut down under us: the daemon cannot go on with it."""
+        if self._conn is not None:
+            self._conn.send(FrameType.FREEZE, [pack_json({"down": True})])
+
+    def _drop_kernel_caches(self) -> None:
+        """Have the kernel forget pages, attributes and entries: until we go on, this node is told of no change."""
+        state = self.state
+        assert state is not None
+        self._lapsed = True
+        self._drops = [(node, state.locks.drop_pages_of(node)) for node in state.nodes.values() if node.may_have_pages]
+        for node in state.nodes.values():
+            node.forget_cached()
+        self._drops.append((Node(state.root), state.locks.drop_attributes(list(state.nodes))))
+        for _node, work in self._drops:
+            work.add_done_callback(lambda _done: self._maybe_reopen())
 
     # -- frames ----------------------------------------------------------------------------------------------------
 
@@ -172,7 +304,11 @@ class Server:
             assert self.state is not None
             self.state.link.on_reply(frame)
         elif frame.type is FrameType.WELCOME:
-            self._welcome.set_result(unpack_json(frame.payload))
+            if not self._welcome.done():
+                self._welcome.set_result(unpack_json(frame.payload))
+        elif frame.type is FrameType.REFUSE:
+            reason = str(unpack_json(frame.payload).get("reason", "this node is out of the volume"))
+            self._leaving = asyncio.get_running_loop().create_task(self._refused(reason))
         elif frame.type is FrameType.RECLAIM:
             self._recorded = list(struct.unpack(f"!{len(frame.payload) // 8}Q", frame.payload))
         elif frame.type is FrameType.RESUME:
@@ -270,16 +406,19 @@ class Server:
     async def _leave_lower(self) -> None:
         """The home is about to unmount: close everything below."""
         state = self.state
-        assert state is not None and self.operations is not None and self._conn is not None
+        assert state is not None and self.operations is not None
         self._freeze()
         self.operations.io.close_lower()
         await state.leave_lower()
-        self._conn.send(FrameType.FREEZE, [pack_json({})])
+        if self._conn is not None:
+            self._conn.send(FrameType.FREEZE, [pack_json({})])
 
     def _reclaim(self, epoch: int) -> None:
         """Every message of the old home has come: say what this node holds and has open."""
         state = self.state
-        assert state is not None and self._conn is not None
+        assert state is not None
+        if self._conn is None:
+            return  # what the daemon said before it died
         self._freeze()
         state.link.epoch = epoch
         state.locks.reclaim()
@@ -288,7 +427,7 @@ class Server:
         state.locks.cache.new_epoch(first_seq(epoch))
         for at in range(0, len(rows), _RECLAIM_ROWS):
             self._conn.send(FrameType.RECLAIM, [pack_reclaim(rows[at : at + _RECLAIM_ROWS])], epoch=epoch)
-        self._conn.send(FrameType.RECLAIM_DONE, [pack_json({"rows": len(rows)})], epoch=epoch)
+        self._conn.send(FrameType.RECLAIM_DONE, [pack_json({"rows": len(rows)})], epoch, state.link.session)
 
     def _go_on(self) -> None:
         """Both halves of a resumption are here."""
@@ -312,7 +451,10 @@ class Server:
                 self._held_back.extend(held_back)
                 break
         self._frozen = False
-        if not self._lapsed:
+        self._outage = None
+        if self._lapsed:
+            self._maybe_reopen()
+        else:
             state.open_gate()
 
 

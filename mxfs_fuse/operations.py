@@ -17,10 +17,12 @@ import pyfuse3
 import structlog
 from pyfuse3 import EntryAttributes, FileHandleT, FileInfo, FUSEError, InodeT, RequestContext, SetattrFields
 
+from mxfs_fuse.callers import caller
 from mxfs_fuse.fileio import FileIO
 from mxfs_fuse.link import OperationError
+from mxfs_fuse.loss import may_be_redone
 from mxfs_fuse.nodes import DirHandle, Handle, Node
-from mxfs_fuse.state import State
+from mxfs_fuse.state import State, is_down
 from mxfs_proto.errors import MxfsError
 from mxfs_proto.ops import NO_FID, Attr, Entry, Fid, Grant, Op, Valid, unpack_entries
 from mxfsd.io.lower import Lower
@@ -38,19 +40,30 @@ _CAPABILITY = b"security.capability"
 
 def _errno_boundary(operation: Callable[_P, Coroutine[Any, Any, _T]]) -> Callable[_P, Coroutine[Any, Any, _T]]:
     """The one place where our errors become the errno that the application sees."""
+    name = operation.__name__
 
     @functools.wraps(operation)
     async def guarded(*args: _P.args, **kwargs: _P.kwargs) -> _T:
-        try:
-            return await operation(*args, **kwargs)
-        except FUSEError:
-            raise
-        except (OSError, MxfsError) as exc:
-            raise FUSEError(exc.errno or errno.EIO) from None
-        except Exception:
-            # pyfuse3 would drop the request and its application would hang: a fault of ours is an error of that one.
-            log.exception("an operation failed", operation=operation.__name__)
-            raise FUSEError(errno.EIO) from None
+        state = cast(Operations, args[0]).state
+        if isinstance(args[-1], RequestContext):
+            caller.set(args[-1].pid)
+        while True:
+            lower = state.lower
+            try:
+                try:
+                    return await operation(*args, **kwargs)
+                except OSError as exc:
+                    # A lower mount that is shut down under its home fails everything: that is no answer.
+                    if name == "release" or not await may_be_redone(state, lower, exc.errno or 0, name):
+                        raise
+            except FUSEError:
+                raise
+            except (OSError, MxfsError) as exc:
+                raise FUSEError(exc.errno or errno.EIO) from None
+            except Exception:
+                # pyfuse3 would drop the request and its application would hang: a fault of ours is an error of that.
+                log.exception("an operation failed", operation=name)
+                raise FUSEError(errno.EIO) from None
 
     return guarded
 
@@ -698,6 +711,10 @@ class Operations(pyfuse3.Operations):
                     attr = cast(Lower, state.lower).lookup(node.fid, name)
                 except FileNotFoundError:
                     continue
+                except OSError:
+                    if index > start_id and (state.lower is None or is_down(state.lower)):
+                        return  # what was listed so far stands; the kernel asks for the rest
+                    raise
                 held = state.may_read(attr.ino)
             else:
                 attr, held = self._listed_attr(attr)

@@ -2,8 +2,11 @@
 
 import asyncio
 import errno
+import functools
+import os
 from collections.abc import Callable, Iterable
 
+from mxfs_fuse.callers import LOOK_S, caller, is_dying
 from mxfs_fuse.kernel import KernelNotifier
 from mxfs_fuse.link import OperationLink
 from mxfs_fuse.locks import LockClient
@@ -22,6 +25,15 @@ _DIRTY_MAX = 1 << 16
 _POLL_S = 0.001
 
 
+def is_down(lower: Lower) -> bool:
+    """Whether the XFS is shut down: stat(2) says EIO then (xfs_vn_getattr)."""
+    try:
+        os.fstat(lower.mount_fd)
+    except OSError:
+        return True
+    return False
+
+
 class State:
     """Shared state of one mount. All of it belongs to the event loop's thread."""
 
@@ -30,11 +42,17 @@ class State:
         self.readonly = readonly
         self.nodes: dict[int, Node] = {}
         self.link = OperationLink(self._adopt)
-        self.locks = LockClient(self.nodes, send, self._sync_of, self.in_lower, self.nodeid_of, self._lock_lost)
+        self.locks = LockClient(self.nodes, send, self._sync_of, self._before_release, self.nodeid_of, self._lock_lost)
         self.lower: Lower | None = None
         self.kernel: KernelNotifier | None = None
         self.gate: asyncio.Event | None = asyncio.Event()
         """While not None, operations wait: there is no home to serve them (or our lease is over)."""
+        self.dead = ""
+        """Why this mount answers nothing but EIO any more; empty while it lives."""
+        self.kept_all = True
+        """Nothing was lost when the lower mount went away the last time."""
+        self.on_lower_down: Callable[[], None] = lambda: None
+        """Called when the lower mount is found shut down under us."""
         self.lease_until_ms = 0
         self.changes = 0
         """Begins and ends of this node's own shipped changes."""
@@ -167,9 +185,28 @@ class State:
     # -- the gate --------------------------------------------------------------------------------------------------
 
     async def pass_gate(self) -> None:
-        """Wait until operations may run."""
+        """Wait until operations may run. Raises OSError: EIO when they never will, EINTR when the caller is dying."""
         while self.gate is not None:
-            await self.gate.wait()
+            if self.dead:
+                raise OSError(errno.EIO, self.dead)
+            tid = caller.get()
+            if not tid:
+                await self.gate.wait()
+                continue
+            try:
+                await asyncio.wait_for(self.gate.wait(), LOOK_S)
+            except TimeoutError:
+                if is_dying(tid):
+                    raise OSError(errno.EINTR, "the caller is dying") from None
+
+    def die(self, reason: str) -> None:
+        """This mount is dead: everything that waits, and everything to come, fails with EIO."""
+        self.dead = reason
+        self.close_gate()
+        assert self.gate is not None
+        self.gate.set()  # who waits there looks again; the gate itself stays
+        self.link.fail_all()
+        self.locks.fail_all(errno.EIO)
 
     def close_gate(self) -> None:
         """Hold new operations back."""
@@ -219,12 +256,65 @@ class State:
         self._dirty.discard(ino)
 
         def sync() -> None:
-            if node is not None:
-                lower.sync(node.fid)
-            else:
-                lower.syncfs()
+            try:
+                if node is not None:
+                    lower.sync(node.fid)
+                else:
+                    lower.syncfs()
+            except OSError:
+                self._dirty.add(ino)
+                raise
 
         return sync
+
+    @property
+    def unsynced(self) -> set[int]:
+        """Inodes that the local way changed and that were not made durable since."""
+        return self._dirty
+
+    def lower_is_down(self) -> None:
+        """The lower mount was shut down under us: begin nothing more."""
+        self.close_gate()
+        self.on_lower_down()
+
+    def lower_ended(self, kept_all: bool) -> int:
+        """The lower mount is gone. Where not everything was *kept*, the next fsync or close of what was changed here
+        says so. Returns the number of inodes with changes that are lost."""
+        lost, self._dirty = self._dirty, set()
+        self.kept_all = kept_all
+        if kept_all:
+            return 0
+        for ino in lost:
+            node = self.nodes.get(ino)
+            if node is not None:
+                node.behind_error = errno.EIO
+        return len(lost)
+
+    async def sync_local(self, node: Node) -> None:
+        """Make an object on the lower mount durable. Raises OSError."""
+        lower = self.lower
+        assert lower is not None
+        changed = node.fid.ino in self._dirty
+        self._dirty.discard(node.fid.ino)  # what is changed from now on is not covered
+        try:
+            await self.in_lower(functools.partial(lower.sync, node.fid))
+        except OSError:
+            if changed:
+                self._dirty.add(node.fid.ino)
+            raise
+
+    async def _before_release(self, work: Callable[[], None]) -> None:
+        """Make durable what a lock covers that is given up. Raises OSError, and then the lock stays."""
+        lower = self.lower
+        try:
+            await self.in_lower(work)
+        except OSError:
+            if lower is None or (self.lower is lower and not is_down(lower)):
+                raise
+            # Gone with the home that the lock was of. Nothing is told to that home's daemon any more.
+            self.lower_is_down()
+            while self.lower is lower:
+                await asyncio.sleep(_POLL_S)
 
     async def in_lower(self, work: Callable[[], None]) -> None:
         """Run *work* on the lower mount in a thread; the mount is not left before it ends."""

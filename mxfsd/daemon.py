@@ -169,7 +169,8 @@ class Daemon:
         self.contexts = make_contexts(keys, who)
         self.server = PeerServer(self.contexts.server, self._check_peer, self._on_peer)
         bound = self.server.start([("0.0.0.0", self.options.port or 0)])
-        self.heartbeat = HeartbeatClient(self.device, self.held, self.timeouts, self._on_report, self._on_heartbeat)
+        calls = (self._on_report, self._on_heartbeat)
+        self.heartbeat = HeartbeatClient(self.device, self.held, self.timeouts, *calls, run_dir=str(self.run_dir))
         await self.heartbeat.start()
         rundir.remember(self.run_dir, rundir.HEARTBEAT, self.heartbeat.pid)
         addresses = tuple(Address(host, bound[0][1]) for host in own_addresses(self.options.iface))
@@ -707,7 +708,9 @@ class Daemon:
 
     def _on_fuse_frame(self, frame: Frame) -> None:
         if frame.type is FrameType.FREEZE:
-            if self._lower_left is not None and not self._lower_left.done():
+            if unpack_json(frame.payload).get("down"):
+                self.fail("the lower file system has shut down")
+            elif self._lower_left is not None and not self._lower_left.done():
                 self._lower_left.set_result(None)
         elif self.home is not None:
             if frame.type is FrameType.OP_REQ and self.serving:

@@ -31,6 +31,15 @@ def going_down(fd: int, flags: int) -> None:
     fcntl.ioctl(fd, _XFS_IOC_GOINGDOWN, struct.pack("=I", flags))
 
 
+def _is_down(fd: int) -> bool:
+    """Whether the XFS that *fd* is on is shut down: stat(2) says EIO then (xfs_vn_getattr)."""
+    try:
+        os.fstat(fd)
+    except OSError:
+        return True
+    return False
+
+
 class WatchdogDevice:
     """The system calls on a watchdog device, in one place so that a test can stand in for the hardware."""
 
@@ -120,6 +129,8 @@ class LowerGuard:
         self._fd = -1
         self._lock = threading.RLock()
         self.fenced = False
+        self.flushed = False
+        """Everything had been written back before it was shut down."""
 
     @property
     def armed(self) -> bool:
@@ -184,9 +195,14 @@ class LowerGuard:
                 return False
             fd = os.dup(self._fd)
 
+        flushed = threading.Event()
+
         def flush() -> None:
             with suppress(OSError):  # what counts comes below
                 self._shut(fd, FLUSH)
+            # Nobody else shuts it down meanwhile: if it is down, then by this, so the freeze before it succeeded.
+            if _is_down(fd):
+                flushed.set()
             os.close(fd)
 
         helper = threading.Thread(target=flush, name="flush", daemon=True)
@@ -195,5 +211,6 @@ class LowerGuard:
             helper.join(max(0.0, flush_s))
         except RuntimeError:
             os.close(fd)  # no thread to be had
+        self.flushed = flushed.is_set()
         # Also after a flush that returned: the kernel says nothing where the freeze before it failed.
         return self.fence()

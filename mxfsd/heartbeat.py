@@ -1,7 +1,7 @@
 """The heartbeat process: writes this node's slot, reads the others', renews the home lease.
 
 ``python -m mxfsd.heartbeat --fd N --device D --slot S --incarnation I --nonce X --since MS --parent PID
---watchdog PATH --timeouts JSON`` (see ``arguments``)
+--watchdog PATH --run-dir PATH --timeouts JSON`` (see ``arguments``)
 
 It is a process of its own, because an event loop that has other things to do is no source of liveness. Two threads:
 one does the disk I/O (which may hang), the other one talks to the daemon and watches the time. It talks JSON
@@ -23,10 +23,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 
 from mxfs_proto.errors import IoFailure, MediaError, MisuseError, MxfsError
 from mxfs_proto.ondisk import Address, LeaseState, SlotRecord, SlotState
+from mxfsd import rundir
 from mxfsd.core.keeper import Duty, Keeper, LeaseLost, SlotLost, Stalled
 from mxfsd.core.lease import HeldLease, HeldSlot, same_lease
 from mxfsd.core.timeouts import Timeouts
@@ -80,6 +82,8 @@ class Beater:
     ) -> None:
         self.clock = clock
         self.guard = guard
+        self.run_dir = ""
+        """Where the processes of this node find each other; empty where there is none."""
         self.lockspace = lockspace
         self.keeper = keeper
         self.timeouts = timeouts
@@ -243,7 +247,7 @@ class Beater:
             elif name == "gasp":
                 self.exit_code = EXIT_PARENT_DIED
                 if self.nothing_mounted():
-                    self.end(SlotState.FAILED)
+                    self.end(SlotState.RESTARTING if self.daemon_comes_again() else SlotState.FAILED)
             elif name == "beat":
                 self.beat()
             else:
@@ -271,6 +275,11 @@ class Beater:
         self.beat()
         held = self.keeper.lease
         return {} if held is not None and same_lease(held, lease) else {"error": "the lease was lost at once"}
+
+    def daemon_comes_again(self) -> bool:
+        """Whether the FUSE layer lives: then another daemon goes on with what this node holds."""
+        fuse = rundir.recall(self.run_dir, rundir.FUSE) if self.run_dir else None
+        return fuse is not None and fuse.alive
 
     def nothing_mounted(self) -> bool:
         """Whether FAILED may be said: the lower mount that we guarded is shut down, and there is no other.
@@ -425,6 +434,10 @@ def gasp(beater: Beater, thread: threading.Thread) -> int:
         beater.guard.flush_and_fence(0 if at is None else (at - beater.clock()) / 1000)
     except IoFailure as error:
         beater.post.event("io_error", reason=str(error))
+    if beater.guard.flushed and beater.run_dir:
+        # The FUSE layer must know whether what was written through it is on the disk.
+        with suppress(OSError):  # it then takes it for lost
+            rundir.remember(beater.run_dir, rundir.FLUSHED, os.getpid())
     beater.commands.put({"cmd": "gasp"})
     thread.join(beater.timeouts.io_timeout_ms / 1000)
     return EXIT_PARENT_DIED
@@ -484,6 +497,7 @@ def main(args: list[str]) -> int:
         watchdog = Watchdog(options["--watchdog"], timeouts.watchdog_ms, limit_ms)
     outbox.event("started", reason=f"not allowed: {', '.join(refused)}" if refused else "")
     beater = Beater(lockspace, keeper, timeouts, outbox, LowerGuard(watchdog))
+    beater.run_dir = options["--run-dir"]
     try:
         return serve(beater, outbox, parent)
     except BaseException:
@@ -491,7 +505,9 @@ def main(args: list[str]) -> int:
         raise
 
 
-def arguments(fd: int, device: str, held: HeldSlot, timeouts: Timeouts, parent: int, watchdog: str = "") -> list[str]:
+def arguments(
+    fd: int, device: str, held: HeldSlot, timeouts: Timeouts, parent: int, watchdog: str = "", run_dir: str = ""
+) -> list[str]:
     """Return the command line (after the interpreter) that starts this module for a claimed slot."""
     record = held.record
     options = {
@@ -503,6 +519,7 @@ def arguments(fd: int, device: str, held: HeldSlot, timeouts: Timeouts, parent: 
         "--since": held.since_ms,
         "--parent": parent,
         "--watchdog": watchdog,
+        "--run-dir": run_dir,
         "--timeouts": json.dumps(asdict(timeouts)),
     }
     return ["-m", "mxfsd.heartbeat", *(str(part) for pair in options.items() for part in pair)]

@@ -40,6 +40,7 @@ class NothingToServe(MxfsError):
 async def start_fuse(daemon: "Daemon", kernel_options: tuple[str, ...]) -> None:
     """Start the FUSE layer, or go on with the one there is. Raises MxfsError."""
     assert daemon.fuse is not None
+    rundir.remember(daemon.run_dir, rundir.DAEMON, os.getpid())
     before = rundir.recall(daemon.run_dir, rundir.FUSE)
     if before is None:
         await daemon.fuse.start(daemon.mountpoint, kernel_options, daemon.device, daemon.options.log)

@@ -8,9 +8,12 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+DAEMON = "daemon.pid"
 FUSE = "fuse.pid"
 """The FUSE layer. While it lives, a daemon that starts goes on with it instead of mounting."""
 HEARTBEAT = "heartbeat.pid"
+FLUSHED = "lower.flushed"
+"""The heartbeat process that wrote this has shut the lower mount down, everything written back before."""
 DEAD = "mount.dead"
 """Why the mount answers nothing but EIO any more; the FUSE layer writes it when it has given up."""
 
@@ -63,6 +66,11 @@ def recall(run_dir: str | Path, name: str) -> Process | None:
         return Process(int(pid), int(start))
     except (OSError, ValueError, TypeError):
         return None
+
+
+def was_flushed(run_dir: str | Path, heartbeat: Process) -> bool:
+    """Whether that heartbeat process left word that it flushed the lower mount before it shut it down."""
+    return recall(run_dir, FLUSHED) == heartbeat
 
 
 def forget(run_dir: str | Path, *names: str) -> None:

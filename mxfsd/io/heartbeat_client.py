@@ -129,8 +129,10 @@ class HeartbeatClient:
         on_event: Callable[[HeartbeatEvent], None],
         *,
         watchdog: str = "",
+        run_dir: str = "",
     ) -> None:
         self.watchdog = watchdog
+        self.run_dir = run_dir
         self.armed = False
         """The process guards a lower mount of ours."""
         self.device = device
@@ -166,7 +168,9 @@ class HeartbeatClient:
             raise MisuseError("the heartbeat process was started already")
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
-        words = arguments(theirs.fileno(), self.device, self.held, self.timeouts, os.getpid(), self.watchdog)
+        words = arguments(
+            theirs.fileno(), self.device, self.held, self.timeouts, os.getpid(), self.watchdog, self.run_dir
+        )
         command = [sys.executable, *words]
         try:
             with theirs:

@@ -134,6 +134,11 @@ class NetlinkEndpoint:
         self._inbox.clear()
 
     @property
+    def is_open(self) -> bool:
+        """Whether it was opened and not closed, nor its peer lost."""
+        return self._sock is not None
+
+    @property
     def pending(self) -> int:
         """Records sent that the peer has not acknowledged."""
         return self._channel.pending

@@ -31,6 +31,7 @@ def parser() -> argparse.ArgumentParser:
     up.add_argument("--nodes", type=int, default=3, metavar="N", help="how many (default 3)")
     up.add_argument("--size", default="2G", help="of the shared disk (default 2G; sparse)")
     up.add_argument("--timeouts", default="fast", choices=("fast", "default", "patient"))
+    up.add_argument("--fencing", default="lease", choices=("lease", "pr"), help="pr: with a SCSI target (tgtd)")
     up.add_argument("-o", "--options", default="", help="more mount options for every node")
     status = add("status", "show home, epoch and nodes")
     status.add_argument("--json", action="store_true", help="as JSON")
@@ -40,6 +41,8 @@ def parser() -> argparse.ArgumentParser:
     start = add("start", "mount the volume on a node that was stopped or killed", node=True)
     start.add_argument("-o", "--options", default="", help="more mount options")
     add("kill", "crash a node: its XFS goes down without log flush, its processes are killed", node=True)
+    crash = add("crash", "kill one process of a node, and nothing else", node=True)
+    crash.add_argument("--process", required=True, choices=("daemon", "fuse", "heartbeat"))
     add("partition", "cut a node off from the network; it keeps the disk", node=True)
     add("heal", "join a node to the network again", node=True)
     add("move-home", "move the volume's home to a node", node=True)
@@ -67,7 +70,8 @@ def _run(arguments: argparse.Namespace) -> int:
     lab = Lab(arguments.dir, say=lambda line: print(line, flush=True))
     match arguments.command:
         case "up":
-            lab.up(arguments.nodes, parse_size(arguments.size), arguments.timeouts, arguments.options)
+            size = parse_size(arguments.size)
+            lab.up(arguments.nodes, size, arguments.timeouts, arguments.options, arguments.fencing)
         case "status":
             status = lab.status()
             print(json.dumps(status, indent=1) if arguments.json else render(status))
@@ -79,6 +83,9 @@ def _run(arguments: argparse.Namespace) -> int:
             lab.stop(arguments.node)
         case "kill":
             lab.kill(arguments.node)
+        case "crash":
+            pid = lab.crash_process(arguments.node, arguments.process)
+            print(f"{arguments.process} of {arguments.node} (pid {pid}) is killed")
         case "partition":
             lab.partition(arguments.node)
         case "heal":

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mxfs_proto.errors import IoFailure, MisuseError, MxfsError
-from mxfsd import control, mountinfo, options, procs, spawn
+from mxfsd import control, mountinfo, options, procs, rundir, spawn
 from mxfsd.cli.mount import mount_volume
-from mxfsd.lab import disk, net
+from mxfsd.lab import disk, net, target
 from mxfsd.lab.crash import ancestors, crash
 from mxfsd.lab.state import DEAD, MARK_ENV, STOPPED, UP, Node, Paths, State, lab_id, load, save, updating
 
@@ -29,6 +29,7 @@ LEAVE_S = 30.0
 REAP_S = 5.0
 STATUS_S = 3.0
 MOVE_S = 60.0
+KILL_S = 5.0
 
 Say = Callable[[str], None]
 
@@ -48,14 +49,20 @@ class Lab:
 
     # -- up and down -----------------------------------------------------------------------------------------------
 
-    def up(self, count: int = 3, size: int = 2 << 30, timeouts: str = "fast", extra: str = "") -> None:
+    def up(
+        self, count: int = 3, size: int = 2 << 30, timeouts: str = "fast", extra: str = "", fencing: str = "lease"
+    ) -> None:
         """Make everything and mount the volume on each node; after a failure nothing of it is left.
 
         A disk.img that is there already (kept by an earlier ``down``) is used as it is; *size* then means nothing.
+        *fencing* ``pr``: with a SCSI target for the nodes' persistent reservations.
         """
         paths = self.paths
         if not 1 <= count <= NODES_MAX:
             raise MisuseError(f"{count} nodes: a lab has 1 to {NODES_MAX}")
+        if fencing == "pr":
+            extra = ",".join(word for word in (extra, f"prdev={target.url(net.BRIDGE_ADDRESS)}") if word)
+        extra = ",".join(word for word in (extra, f"fencing={fencing}") if word)
         options.parse(f"timeouts={timeouts},{extra}")
         names = [f"n{number}" for number in range(1, count + 1)]
         if paths.private.exists():
@@ -74,6 +81,9 @@ class Lab:
             save(paths, state)
             net.remove(state.id)
             net.build(state.id, count)
+            if fencing == "pr":
+                self._say("starting a SCSI target for the reservations")
+                self.target(state.id).start()
             if made_image:
                 disk.make_image(paths.image, size)
             for name in names:
@@ -192,9 +202,20 @@ class Lab:
                 crash(mark, str(paths.mountpoint(name)), mount.source if mount is not None else "")
             self._unmount_dead(name)
             paths.run_link(name).unlink(missing_ok=True)
+        target.end(paths.mark("target"))
+        shutil.rmtree(paths.run_link("target").with_suffix(".d"), ignore_errors=True)
         for loop in loops:
             disk.detach(loop, paths.image)
         net.remove(lab_id(paths.root))
+
+    def target(self, lab: str) -> target.Target:
+        """The lab's SCSI target, not started."""
+        folder = self.paths.private
+        prefix = ("ip", "netns", "exec", net.namespace(lab, "br"))
+        place = self.paths.run_link("target").with_suffix(".d")  # its socket must have a short name
+        place.mkdir(parents=True, exist_ok=True)
+        mark = self.paths.mark("target")
+        return target.Target(folder / "reservations.img", place, net.BRIDGE_ADDRESS, prefix=prefix, mark=mark)
 
     def _names_made(self) -> list[str]:
         """The nodes that have a folder in .lab, record or no record."""
@@ -286,6 +307,23 @@ class Lab:
         crash(paths.mark(name), str(paths.mountpoint(name)), node.loop)
         self._unmount_dead(name)
         disk.detach(node.loop, paths.image)
+
+    def crash_process(self, name: str, which: str) -> int:
+        """SIGKILL one process of a node: ``daemon``, ``fuse`` or ``heartbeat``; returns its pid when it is gone.
+
+        The node stays up: what is left of it sees to the rest.
+        """
+        files = {"daemon": rundir.DAEMON, "fuse": rundir.FUSE, "heartbeat": rundir.HEARTBEAT}
+        if which not in files:
+            raise MisuseError(f"{which}: the processes of a node are {', '.join(files)}")
+        node = self._up(name)
+        found = rundir.recall(self.run_dir(node.name), files[which])
+        if found is None or not found.alive:
+            raise MisuseError(f"{node.name} has no {which} process just now")
+        procs.send(found.pid, 9, lambda _pid: found.alive)
+        if not procs.wait_until(lambda: not found.alive, KILL_S):
+            raise IoFailure(f"process {found.pid} ({which} of {node.name}) does not end")
+        return found.pid
 
     def _unmount_dead(self, name: str) -> None:
         """Drop a mount whose server is gone, whoever still has it open."""
@@ -386,7 +424,11 @@ class Lab:
 
     def log_path(self, name: str) -> Path:
         """Return where a node's daemon writes its log."""
-        return self.paths.run_root(name) / load(self.paths).volume / "daemon.log"
+        return self.run_dir(name) / "daemon.log"
+
+    def run_dir(self, name: str) -> Path:
+        """Return a node's run directory of the volume."""
+        return self.paths.run_root(name) / load(self.paths).volume
 
     def _ask(self, state: State, name: str, cmd: str, timeout_s: float, **arguments: Any) -> dict[str, Any]:
         path = self.paths.run_root(name) / state.volume / control.SOCKET_NAME
