@@ -57,6 +57,7 @@ from mxfsd.members import Members
 from mxfsd.options import MountOptions
 from mxfsd.pr.reservations import Standing
 from mxfsd.report import locks_report, status_report
+from mxfsd.settling import recover_sessions
 from mxfsd.takeover import Succession
 
 log = structlog.get_logger(__name__)
@@ -325,10 +326,10 @@ class Daemon:
     async def settle_operations(self) -> None:
         """Find out what became of the operations that were under way; then this node masters the locks."""
         assert self._lower is not None
-        sessions = SessionTable(self.lockspace.volume_id)
-        saved = self._lower.load_replies()
-        if saved is not None:
-            sessions.load(saved)
+        sessions = SessionTable()
+        records = None
+        if not self.options.read_only:
+            records = recover_sessions(self._lower, sessions, self.lockspace.volume_id).records
         self.home = HomeRole(
             self.slot,
             self.epoch,
@@ -339,7 +340,17 @@ class Daemon:
             self._send_lock,
             self._send_reply,
             self._on_silent,
+            records,
+            self._lower_failed,
         )
+
+    def _lower_failed(self, reason: str) -> None:
+        """The lower mount can be relied on no more: nothing more of it may be seen, here or on the disk."""
+        try:
+            self._crash_lower()
+        except OSError as exc:
+            log.warning("the lower mount cannot be shut down", reason=str(exc))
+        self.fail(reason)
 
     def await_reclaims(self, nodes: frozenset[int]) -> None:
         """Tell the nodes that there is a home, and hear what they hold; our own FUSE layer too."""
@@ -356,6 +367,7 @@ class Daemon:
         """All have said what they hold, or are out: begin."""
         assert self.home is not None
         self.serving = True
+        self.home.forget_sessions()
         self.home.run(self.home.master.grace_over(now_ms()))
         self._resume_all()
         self.home.service.reap_all()
@@ -446,8 +458,6 @@ class Daemon:
         await role.freeze()
         await self._fuse_leaves_lower()
         await asyncio.to_thread(role.lower.syncfs)
-        if not self.options.read_only:
-            await asyncio.to_thread(role.lower.save_replies, role.sessions.export())
         role.lower.close()
         await self.heartbeat.disarm()
         if not await self._unmounted():
@@ -597,7 +607,7 @@ class Daemon:
         elif frame.type is FrameType.RECLAIM:
             home.reclaim(slot, frame)
         elif frame.type is FrameType.RECLAIM_DONE:
-            home.reclaimed(slot)
+            home.reclaimed(slot, frame.session)
             if self.serving:
                 conn.send(FrameType.RESUME, pack_json({"epoch": self.epoch}), epoch=self.epoch)
             self.succession.reclaimed(slot)
@@ -718,6 +728,7 @@ class Daemon:
             elif frame.type is FrameType.RECLAIM:
                 self.home.reclaim(self.slot, frame)
             elif frame.type is FrameType.RECLAIM_DONE:
+                self.home.claim_session(self.slot, frame.session)
                 self.succession.reclaimed(self.slot)
         elif self.client is not None:
             self.client.forward(frame)

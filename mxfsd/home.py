@@ -3,6 +3,9 @@
 An operation has three parts. First it takes operation locks, in the order of inode numbers. Then it runs, in one piece:
 no other operation of this process comes in between. Then, its locks given back, it waits until everything that it
 changed or saw is durable (the XFS log forced, in groups), and is answered. DESIGN.md sections 5 and 6.
+
+An operation that must not run twice writes its intent before it changes anything and its outcome behind it, still under
+its locks and in the same piece (mxfsd/core/outcomes.py). The force makes both durable with the change.
 """
 
 import asyncio
@@ -32,7 +35,9 @@ from mxfs_proto.ops import (
     unpack_writes,
 )
 from mxfsd.core.dlm import Effect, LockMaster
+from mxfsd.core.outcomes import Before, BeforeFlag, takes_intent
 from mxfsd.io.lower import Lower, kill_priv
+from mxfsd.oprecords import Key, OpRecords, Slot
 
 INTERNAL_REQ = 1 << 63
 """Set in the request id of a cached lock that the home asks for on a node's behalf, to send it with a reply."""
@@ -41,6 +46,11 @@ _READDIR_MAX = 4096
 
 class Frozen(Exception):
     """The home is being moved: the operation was not executed, the client sends it again to the next home."""
+
+
+class LowerFailed(Exception):
+    """The lower XFS has shut down, or its log cannot be forced. The operation must not be answered: whether it was
+    executed is for the next home to say."""
 
 
 class LogForcer:
@@ -60,13 +70,14 @@ class LogForcer:
         self._task: asyncio.Task[None] | None = None
         self.forces = 0
 
-    def changed(self, fid: Fid, *also: int) -> None:
-        """Note that *fid* (and the inodes *also*) changed just now, in that order or in one transaction."""
+    def changed(self, fid: Fid, *also: int) -> int:
+        """Note that *fid* changed just now, and the inodes *also* before it; return the ticket of the force."""
         self._ticket += 1
         self._last = fid
         self._tickets[fid.ino] = self._ticket
         for ino in also:
             self._tickets[ino] = self._ticket
+        return self._ticket
 
     def ticket(self, inos: Iterable[int]) -> int:
         """The force that must be over before a reply about these inodes goes out (0: none)."""
@@ -124,9 +135,12 @@ class _Unstable(NamedTuple):
 class _Context:
     """One running operation."""
 
-    __slots__ = ("executed", "gid", "grants", "held", "home", "node", "op_id", "seen", "uid", "want_lock")
+    __slots__ = (
+        "executed", "gid", "grants", "held", "home", "intent", "key", "node", "op_id", "request", "seen", "ticket",
+        "uid", "want_lock",
+    )  # fmt: skip
 
-    def __init__(self, home: "HomeService", node: int, op_id: int, request: Request) -> None:
+    def __init__(self, home: "HomeService", node: int, op_id: int, request: Request, key: Key | None) -> None:
         self.home = home
         self.node = node
         self.op_id = op_id
@@ -137,6 +151,12 @@ class _Context:
         self.seen: list[int] = []
         self.grants: list[Grant] = []
         self.executed = False
+        self.request = request
+        self.key = key
+        self.intent: Slot | None = None
+        """Where its intent stands, until its outcome is written."""
+        self.ticket = 0
+        """The force that it must wait for besides those of what it has seen."""
 
     async def lock(self, *wants: tuple[int, LockMode]) -> None:
         """Take operation locks in inode order (all that an operation holds at once are taken in one call)."""
@@ -178,7 +198,10 @@ class Outcome(NamedTuple):
 
 
 class HomeService:
-    """Runs shipped operations. *run_effects* carries out what the lock master decides (sends, wake-ups)."""
+    """Runs shipped operations. *run_effects* carries out what the lock master decides (sends, wake-ups).
+
+    *records*: where intents and outcomes go (none on a read-only mount).
+    """
 
     def __init__(
         self,
@@ -187,12 +210,13 @@ class HomeService:
         now: Callable[[], int],
         run_effects: Callable[[list[Effect]], None],
         readonly: bool = False,
+        records: OpRecords | None = None,
     ) -> None:
         self.lower = lower
         self.master = master
         self.now = now
         self._run_effects = run_effects
-        self._readonly = readonly
+        self.records = records
         self.forcer = LogForcer(lower)
         self._op_ids = 0
         self._serial = 0
@@ -200,6 +224,7 @@ class HomeService:
         self._req_waits: dict[int, asyncio.Future[tuple[LockMode, int]]] = {}
         self._running: dict[asyncio.Task[Any], _Context] = {}
         self._unstable: dict[int, _Unstable] = {}
+        self._appending: set[int] = set()
         self._orphans: dict[int, Fid] = {} if readonly else {fid.ino: fid for fid in lower.orphans()}
         self.frozen = False
         self.executed = 0
@@ -211,12 +236,15 @@ class HomeService:
 
     # -- running ---------------------------------------------------------------------------------------------------
 
-    async def execute(self, node: int, request: Request) -> Outcome:
-        """Run one operation of *node*. Raises Frozen where it was not executed."""
+    async def execute(self, node: int, request: Request, key: Key | None = None) -> Outcome:
+        """Run one operation of *node*; *key*: it must be executed once even if this home dies.
+
+        Raises Frozen where it was not executed, LowerFailed where it must not be answered.
+        """
         if self.frozen:
             raise Frozen
         self._op_ids += 1
-        context = _Context(self, node, self._op_ids, request)
+        context = _Context(self, node, self._op_ids, request, key)
         task = asyncio.current_task()
         assert task is not None
         self._running[task] = context
@@ -231,12 +259,15 @@ class HomeService:
                 code = errno.EINVAL
             except PeerError as exc:
                 code = exc.errno
+            except LowerFailed:
+                context.held.clear()  # they stay: nobody may touch what has been changed without an outcome
+                raise
             finally:
+                if code:
+                    self._failed(context, code)
                 context.unlock()
             # An error tells of what was seen too: that a name is there, or is gone.
-            await self.forcer.wait(self.forcer.ticket(context.seen))
-        except OSError as exc:
-            code = exc.errno or errno.EIO
+            await self._forced(max(context.ticket, self.forcer.ticket(context.seen)))
         except asyncio.CancelledError:
             if self.frozen and not context.executed:
                 raise Frozen from None
@@ -247,6 +278,45 @@ class HomeService:
             return Outcome(request.op, code, context.grants, [])
         self.executed += 1
         return Outcome(request.op, 0, context.grants, values)
+
+    async def _forced(self, ticket: int) -> None:
+        try:
+            await self.forcer.wait(ticket)
+        except OSError as exc:
+            raise LowerFailed(f"the log cannot be forced: {exc}") from exc
+
+    # -- intents and outcomes --------------------------------------------------------------------------------------
+
+    def _begin(self, c: _Context, before: Before = Before()) -> None:  # noqa: B008 (immutable)
+        """The operation is about to change something: write its intent."""
+        c.executed = True
+        if self.records is not None and c.key is not None and takes_intent(c.request):
+            c.intent = self.records.intend(c.key, c.request, before)
+
+    def _end(self, c: _Context, values: list[Any], fid: Fid, *also: int) -> list[Any]:
+        """It has changed *fid* and *also*: write its outcome, under the locks that it has. Return *values*."""
+        if self.records is not None and c.key is not None:
+            self._record(c, Outcome(c.request.op, 0, [], values), fid.ino, *also)
+        else:
+            self.forcer.changed(fid, *also)
+        return values
+
+    def _failed(self, c: _Context, code: int) -> None:
+        """It failed. An intent must not stay without outcome: it may have been done in part, or not at all."""
+        if self.lower.is_shut_down():
+            raise LowerFailed("the lower XFS has shut down")
+        if c.intent is not None:
+            self._record(c, Outcome(c.request.op, code, [], []))
+
+    def _record(self, c: _Context, outcome: Outcome, *inos: int) -> None:
+        assert self.records is not None and c.key is not None
+        try:
+            slot = self.records.outcome(c.key, c.intent, outcome.to_keep())
+        except OSError as exc:
+            raise LowerFailed(f"an outcome cannot be written: {exc}") from exc
+        c.intent = None
+        # The log is written in order: forced up to the outcome, it holds the change too.
+        c.ticket = self.forcer.changed(slot.fid, *inos)
 
     async def freeze(self) -> None:
         """Begin a change of home: operations that still wait for locks are dropped, the others end."""
@@ -260,6 +330,8 @@ class HomeService:
     def replace_lower(self, lower: Lower) -> None:
         """Serve again over another mount (the change of home was called off)."""
         self.lower = lower
+        if self.records is not None:
+            self.records.lower = lower
         self.forcer = LogForcer(lower)
         self.frozen = False
 
@@ -433,64 +505,67 @@ class HomeService:
     async def _setattr(self, c: _Context, ino: int, gen: int, valid: int, *rest: int) -> list[Any]:
         await c.lock((ino, LockMode.EX))
         await self.commit_before(ino, c.node)
-        c.executed = True
+        self._begin(c)
         fid = Fid(ino, gen)
         attr = self.lower.setattr(fid, valid, *rest)
-        self.forcer.changed(fid)
         if self._orphans.get(ino) == fid:
             attr = attr._replace(nlink=0)
         if valid & Valid.SIZE:
             self._note_unstable(fid, c.node)
-        return [attr]
+        return self._end(c, [attr], fid)
 
     async def _readlink(self, c: _Context, ino: int, gen: int) -> list[Any]:
         c.seen.append(ino)
         return [self.lower.readlink(Fid(ino, gen))]
 
-    async def _made(self, c: _Context, parent: Fid, attr: Attr, mode: LockMode) -> None:
+    def _free_name(self, parent: Fid, name: bytes) -> None:
+        """EEXIST where the name is taken. Looked at before the intent, which says that it is free."""
+        if self._peek(parent, name) is not None:
+            raise FileExistsError(errno.EEXIST, "the name is taken")
+
+    async def _made(self, c: _Context, parent: Fid, attr: Attr, mode: LockMode, values: list[Any]) -> list[Any]:
         """After a creation: the parent's lock back, the force begun, and a lock on the new object meanwhile."""
-        self.forcer.changed(parent, attr.ino)
+        self._end(c, values, parent, attr.ino)
         c.seen.append(attr.ino)
         c.grant(parent.ino, LockMode.PR)
         c.unlock()
         if c.want_lock:
-            await asyncio.gather(
-                self._cached_lock(c, attr.ino, mode), self.forcer.wait(self.forcer.ticket((attr.ino,)))
-            )
+            await asyncio.gather(self._cached_lock(c, attr.ino, mode), self._forced(self.forcer.ticket((attr.ino,))))
+        return values
 
     async def _mknod(self, c: _Context, ino: int, gen: int, name: bytes, mode: int, rdev: int) -> list[Any]:
         await c.lock((ino, LockMode.EX))
-        c.executed = True
         parent = Fid(ino, gen)
+        self._free_name(parent, name)
+        self._begin(c)
         attr = self.lower.mknod(parent, name, mode, rdev, c.uid, c.gid)
-        await self._made(c, parent, attr, LockMode.PR)
-        return [attr]
+        return await self._made(c, parent, attr, LockMode.PR, [attr])
 
     async def _mkdir(self, c: _Context, ino: int, gen: int, name: bytes, mode: int) -> list[Any]:
         await c.lock((ino, LockMode.EX))
-        c.executed = True
         parent = Fid(ino, gen)
+        self._free_name(parent, name)
+        self._begin(c)
         attr = self.lower.mkdir(parent, name, mode, c.uid, c.gid)
-        await self._made(c, parent, attr, LockMode.PR)
-        return [attr]
+        return await self._made(c, parent, attr, LockMode.PR, [attr])
 
     async def _symlink(self, c: _Context, ino: int, gen: int, name: bytes, target: bytes) -> list[Any]:
         await c.lock((ino, LockMode.EX))
-        c.executed = True
         parent = Fid(ino, gen)
+        self._free_name(parent, name)
+        self._begin(c)
         attr = self.lower.symlink(parent, name, target, c.uid, c.gid)
-        await self._made(c, parent, attr, LockMode.PR)
-        return [attr]
+        return await self._made(c, parent, attr, LockMode.PR, [attr])
 
     async def _link(self, c: _Context, ino: int, gen: int, parent_ino: int, parent_gen: int, name: bytes) -> list[Any]:
         await c.lock((ino, LockMode.EX), (parent_ino, LockMode.EX))
         if self._orphans.get(ino) == (ino, gen):
             raise FileNotFoundError(errno.ENOENT, "it has no name any more")
-        c.executed = True
         parent = Fid(parent_ino, parent_gen)
+        self._free_name(parent, name)
+        self._begin(c)
         attr = self.lower.link(Fid(ino, gen), parent, name)
-        self.forcer.changed(parent, ino)
-        return [attr]
+        return self._end(c, [attr], parent, ino)
 
     async def _lock_named(
         self, c: _Context, dirs: tuple[Fid, ...], names: tuple[tuple[Fid, bytes], ...]
@@ -517,12 +592,12 @@ class HomeService:
         if attr is None:
             raise FileNotFoundError(errno.ENOENT, "no such file")
         keep = self._victim(c, attr, Fid(v_ino, v_gen))
-        c.executed = True
+        self._begin(c, Before(Fid(attr.ino, attr.gen), NO_FID, attr.nlink, _kept_flag(keep)))
         self.lower.unlink(parent, name, keep)
         self._gone(attr, keep)
-        self.forcer.changed(parent, attr.ino)
+        self._end(c, values := [*self._kept(keep), attr.ino, attr.nlink], parent, attr.ino)
         c.grant(ino, LockMode.PR)
-        return [*self._kept(keep), attr.ino, attr.nlink]
+        return values
 
     def _gone(self, attr: Attr, keep: Fid | None) -> None:
         """An object lost a name: where that was its last, close what this process has of it."""
@@ -535,10 +610,10 @@ class HomeService:
         (attr,) = await self._lock_named(c, (parent,), ((parent, name),))
         if attr is None:
             raise FileNotFoundError(errno.ENOENT, "no such directory")
-        c.executed = True
+        self._begin(c, Before(Fid(attr.ino, attr.gen)))
         self.lower.rmdir(parent, name)
         self._gone(attr, None)
-        self.forcer.changed(parent, attr.ino)
+        self._end(c, [], parent, attr.ino)
         c.grant(ino, LockMode.PR)
         return []
 
@@ -552,34 +627,32 @@ class HomeService:
             raise FileNotFoundError(errno.ENOENT, "no such file")
         replaced = target if target is not None and not flags and target.ino != source.ino else None
         keep = self._victim(c, replaced, Fid(v_ino, v_gen)) if replaced is not None else None
-        c.executed = True
+        lost = (target.ino, target.nlink) if target is not None else (0, 0)
+        second = Fid(target.ino, target.gen) if target is not None else NO_FID
+        self._begin(c, Before(Fid(source.ino, source.gen), second, lost[1], _kept_flag(keep)))
         self.lower.rename(old, o_name, new, n_name, flags, keep)
         if replaced is not None:
             self._gone(replaced, keep)
         also = [attr.ino for attr in (source, target) if attr is not None]
-        self.forcer.changed(new, old.ino, *also)
+        values = self._end(c, [*self._kept(keep), source.ino, *lost], new, old.ino, *also)
         c.grant(o_ino, LockMode.PR)
         if n_ino != o_ino:
             c.grant(n_ino, LockMode.PR)
-        return [*self._kept(keep), source.ino, *((target.ino, target.nlink) if target is not None else (0, 0))]
+        return values
 
     async def _create(self, c: _Context, ino: int, gen: int, name: bytes, mode: int, flags: int) -> list[Any]:
         await c.lock((ino, LockMode.EX))
         parent = Fid(ino, gen)
-        c.executed = True
-        try:
-            fd, attr = self.lower.create(parent, name, mode, c.uid, c.gid)
-        except FileExistsError:
-            if flags & os.O_EXCL:
-                raise
-            found = self.lower.lookup(parent, name)
+        found = self._peek(parent, name)
+        if found is not None:
+            if flags & os.O_EXCL or not stat.S_ISREG(found.mode):
+                raise FileExistsError(errno.EEXIST, "the name is taken")
             c.unlock()
-            if not stat.S_ISREG(found.mode):
-                raise
             return [1, await self._attr_with_lock(c, Fid(found.ino, found.gen))]
+        self._begin(c)
+        fd, attr = self.lower.create(parent, name, mode, c.uid, c.gid)
         os.close(fd)
-        await self._made(c, parent, attr, LockMode.EX)
-        return [0, attr]
+        return await self._made(c, parent, attr, LockMode.EX, [0, attr])
 
     async def _read(self, c: _Context, ino: int, gen: int, offset: int, size: int) -> list[Any]:
         # A lock that the node is about to be told of covers nothing before the commit that its grant waits for.
@@ -598,15 +671,19 @@ class HomeService:
         self, c: _Context, fid: Fid, flags: int, pieces: Sequence[tuple[int, bytes | memoryview]]
     ) -> tuple[int, int]:
         """Write the pieces in order, up to the first that does not fit: where the last one went, and bytes in all."""
-        if not self.held_by(c.node, fid.ino, LockMode.PW) or self.must_commit(fid.ino, c.node):
-            await c.lock((fid.ino, LockMode.CW))
+        append = bool(flags & WriteFlag.APPEND)
+        free = self.held_by(c.node, fid.ino, LockMode.PW) and fid.ino not in self._appending
+        if append or not free or self.must_commit(fid.ino, c.node):
+            await c.lock((fid.ino, LockMode.EX if append else LockMode.CW))
             await self.commit_before(fid.ino, c.node)
-        c.executed = True
         fd = self.lower.file_fd(fid)
+        if append:
+            self._begin(c, Before(number=os.fstat(fd).st_size))
+        c.executed = True
         placed = total = 0
         try:
             for offset, data in pieces:
-                placed = os.fstat(fd).st_size if flags & WriteFlag.APPEND else offset
+                placed = os.fstat(fd).st_size if append else offset
                 done = os.pwrite(fd, data, placed)
                 total += done
                 if done < len(data):
@@ -617,7 +694,22 @@ class HomeService:
                 self.bytes_written += total
         if flags & WriteFlag.KILL_PRIV:
             kill_priv(fd)
+        if append and c.key is not None:
+            await self._commit_append(c, fid)
+            self._end(c, [placed, total] if c.request.op is Op.WRITE else [total], fid)
         return placed, total
+
+    async def _commit_append(self, c: _Context, fid: Fid) -> None:
+        """Make appended data durable before its outcome is written, with the lock held: a crash before that is settled
+        by cutting the file back, so nothing may be built on the new size meanwhile, not by this node either."""
+        self._appending.add(fid.ino)
+        try:
+            entry = self._unstable.get(fid.ino)
+            await asyncio.get_running_loop().run_in_executor(None, self.lower.sync, fid)
+            if entry is not None and self._unstable.get(fid.ino) == entry:
+                del self._unstable[fid.ino]
+        finally:
+            self._appending.discard(fid.ino)
 
     async def _fsync(self, c: _Context, ino: int, gen: int, datasync: int) -> list[Any]:
         c.executed = True
@@ -640,11 +732,10 @@ class HomeService:
 
     async def _setxattr(self, c: _Context, ino: int, gen: int, name: bytes, value: bytes, flags: int) -> list[Any]:
         await c.lock((ino, LockMode.EX))
-        c.executed = True
         fid = Fid(ino, gen)
+        self._begin(c)
         self.lower.setxattr(fid, name, value, flags)
-        self.forcer.changed(fid)
-        return []
+        return self._end(c, [], fid)
 
     async def _getxattr(self, c: _Context, ino: int, gen: int, name: bytes) -> list[Any]:
         await c.lock((ino, LockMode.CR))
@@ -656,11 +747,11 @@ class HomeService:
 
     async def _removexattr(self, c: _Context, ino: int, gen: int, name: bytes) -> list[Any]:
         await c.lock((ino, LockMode.EX))
-        c.executed = True
         fid = Fid(ino, gen)
+        there = name in self.lower.listxattr(fid)
+        self._begin(c, Before(flags=BeforeFlag.PRESENT if there else BeforeFlag.NONE))
         self.lower.removexattr(fid, name)
-        self.forcer.changed(fid)
-        return []
+        return self._end(c, [], fid)
 
     async def _reap(self, c: _Context, ino: int, gen: int) -> list[Any]:
         fid = Fid(ino, gen)
@@ -687,6 +778,10 @@ class HomeService:
             if self._unstable.get(ino) == entry:  # not written again since
                 del self._unstable[ino]
         return []
+
+
+def _kept_flag(keep: Fid | None) -> BeforeFlag:
+    return BeforeFlag.NONE if keep is None else BeforeFlag.KEPT
 
 
 _NAMES = {

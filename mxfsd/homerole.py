@@ -1,7 +1,7 @@
 """What a node does while it is the home: master of the locks, shipped operations, and the nodes it serves."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import structlog
@@ -16,14 +16,16 @@ from mxfsd.core.epochs import first_seq
 from mxfsd.core.lockeffects import Bast, BastSilent, Deny, Grant, OpDenied, OpGranted, WaitLong
 from mxfsd.core.sessions import Replay, SessionTable, Verdict
 from mxfsd.core.timeouts import Timeouts
-from mxfsd.home import INTERNAL_REQ, Frozen, HomeService, check_request
+from mxfsd.home import INTERNAL_REQ, Frozen, HomeService, LowerFailed, check_request
 from mxfsd.io.clock import now_ms
 from mxfsd.io.lower import Lower
+from mxfsd.oprecords import Key, OpRecords
 
 log = structlog.get_logger(__name__)
 
-_READS = frozenset(
+_REPEATABLE = frozenset(
     {Op.LOOKUP, Op.GETATTR, Op.READLINK, Op.READ, Op.READDIR, Op.STATFS, Op.GETXATTR, Op.LISTXATTR, Op.FSYNC, Op.SYNC}
+    | {Op.REAP}
 )
 """Operations that may run twice: their replies are not kept."""
 
@@ -42,7 +44,11 @@ class HomeRole:
         send_lock: Callable[[int, LockRecord], None],
         send_frame: Callable[[int, FrameType, list[bytes], int, int], None],
         on_silent: Callable[[int], None],
+        records: OpRecords | None = None,
+        on_failed: Callable[[str], None] = lambda _reason: None,
     ) -> None:
+        """*records*: from recover_sessions() (none on a read-only mount). *on_failed* is called, once, when the lower
+        mount can be relied on no more: from then on nothing is answered, and this node must fence itself."""
         self.slot = slot
         self.epoch = epoch
         self.lower = lower
@@ -50,8 +56,10 @@ class HomeRole:
         self._send_lock = send_lock
         self._send_frame = send_frame
         self._on_silent = on_silent
+        self._on_failed = on_failed
+        self.failed = False
         self.master = LockMaster(slot, timeouts, first_seq=first_seq(epoch))
-        self.service = HomeService(lower, self.master, now_ms, self.run, readonly)
+        self.service = HomeService(lower, self.master, now_ms, self.run, readonly, records)
         self._tasks: set[asyncio.Task[None]] = set()
         self._ordered: dict[tuple[int, int], asyncio.Task[None]] = {}
         self._sessions_of: dict[int, set[int]] = {}
@@ -63,14 +71,14 @@ class HomeRole:
 
     def on_operation(self, node: int, frame: Frame) -> None:
         """Take an OP_REQ of *node*; the reply goes out when it is done. Raises PeerError."""
-        if frame.epoch != self.epoch:
+        if frame.epoch != self.epoch or self.failed:
             return  # sent before the node knew of this home: it sends it again
         request = unpack_request(frame.payload)
         check_request(request)
-        if request.op in _READS:
+        if request.op in _REPEATABLE:
             self._spawn(self._run_operation(node, frame.session, frame.seq, request, keep=False))
             return
-        self._sessions_of.setdefault(node, set()).add(frame.session)
+        self.claim_session(node, frame.session)
         answer = self.sessions.begin(frame.session, frame.seq, request.ack)
         if answer is Verdict.NEW:
             self._spawn(self._run_operation(node, frame.session, frame.seq, request, keep=True))
@@ -87,17 +95,28 @@ class HomeRole:
     async def _run_operation(self, node: int, session: int, seq: int, request: Request, keep: bool) -> None:
         self.shipped += 1
         try:
-            outcome = await self.service.execute(node, request)
+            outcome = await self.service.execute(node, request, Key(session, seq) if keep else None)
         except Frozen:
             if keep:
                 self.sessions.abandon(session, seq)
             return
+        except LowerFailed as exc:
+            self._fail(str(exc))
+            return
         except MxfsError as exc:
             log.error("operation failed", peer=node, op=request.op.name, reason=str(exc))
             raise
+        if self.failed:
+            return
         if keep:
             self.sessions.done(session, seq, outcome.to_keep())
         self._send_frame(node, FrameType.OP_REPLY, outcome.parts(), session, seq)
+
+    def _fail(self, reason: str) -> None:
+        if not self.failed:
+            self.failed = True
+            log.error("the home cannot go on", reason=reason)
+            self._on_failed(reason)
 
     # -- locks -----------------------------------------------------------------------------------------------------
 
@@ -172,8 +191,15 @@ class HomeRole:
     async def _commit_and_send(self, effect: Grant, record: LockGrant, before: asyncio.Task[None] | None) -> None:
         if before is not None:
             await asyncio.wait((before,))
-        await self.service.commit_before(effect.ino, effect.node)
-        self._send_lock(effect.node, record)
+        try:
+            await self.service.commit_before(effect.ino, effect.node)
+        except OSError as exc:
+            # Pages that were not written count as clean now: nobody may be shown them, and the next home has the data
+            # from the node that wrote it.
+            self._fail(f"data of inode {effect.ino} cannot be made durable: {exc}")
+            return
+        if not self.failed:
+            self._send_lock(effect.node, record)
 
     # -- nodes -----------------------------------------------------------------------------------------------------
 
@@ -185,8 +211,14 @@ class HomeRole:
             named.add(row.ino)
             self.run(self.master.reclaim(now, node, row.ino, row.mode, (row.opens_r, row.opens_w)))
 
-    def reclaimed(self, node: int) -> None:
+    def claim_session(self, node: int, session: int) -> None:
+        """The node goes on with this session (0: it has none)."""
+        if session:
+            self._sessions_of.setdefault(node, set()).add(session)
+
+    def reclaimed(self, node: int, session: int = 0) -> None:
         """The node has named everything: what it held before (a connection ago) and did not name, it holds no more."""
+        self.claim_session(node, session)
         named = self._reclaims.pop(node, set())
         now = now_ms()
         for ino in self.master.recorded():
@@ -239,6 +271,14 @@ class HomeRole:
         for session in self._sessions_of.pop(node, ()):
             self.sessions.drop(session)
         self.service.reap_all()
+
+    def forget_sessions(self, keep: Iterable[int] | None = None) -> None:
+        """Drop the sessions that no member goes on with: all but *keep* (None: those that a node has claimed here, by a
+        reclaim or an operation). Called when the grace period is over."""
+        claimed = set(keep) if keep is not None else {s for of in self._sessions_of.values() for s in of}
+        for session in self.sessions.sessions():
+            if session not in claimed:
+                self.sessions.drop(session)
 
     def tick(self) -> None:
         """Once in a while: time-outs of BASTs and waits."""

@@ -2,33 +2,18 @@
 
 A session is one incarnation of a client. It numbers its operations from 1; several may be under way, so numbers may
 come in any order. Each request carries *ack*: the client has the replies of all numbers up to it and never asks for
-them again. A reply is kept until then. Before a planned move of the home the replies are exported to a file on the
-volume, from which the next home loads them (``.mxfs/replies``).
+them again. A reply is kept until then. Those that must outlive the home are on the volume too
+(:mod:`mxfsd.core.outcomes`), from where the next home restores them.
 
-File, little endian: HEADER; for each session SESSION, then for each kept reply REPLY and the reply's bytes.
-
-Errors: MisuseError for our own wrong calls, PeerError (EPROTO) for a client that breaks the rules or its limits,
-MediaError (EUCLEAN) for a file that is torn, foreign or of another version. Nothing is changed then.
+Errors: MisuseError for our own wrong calls, PeerError (EPROTO) for a client that breaks the rules or its limits.
+Nothing is changed then.
 """
 
-import struct
-import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
-from mxfs_proto.errors import MediaError, MisuseError, PeerError
-
-MAGIC = b"MXFSrepl"
-VERSION = 1
-HEADER = struct.Struct("<8sHHIQQII")
-"""Magic, version, zero, number of sessions, volume id, length of the body, CRC-32 of the body, CRC-32 of the 36 bytes
-before."""
-SESSION = struct.Struct("<QQI")
-"""Session, highest acknowledged number, number of replies."""
-REPLY = struct.Struct("<QI")
-"""Number of the operation, length of its reply."""
-assert (HEADER.size, SESSION.size, REPLY.size) == (40, 20, 12)
-_SEALED = HEADER.size - 4
+from mxfs_proto.errors import MisuseError, PeerError
 
 MAX_REPLIES = 4096
 """So many operations of a session may be under way or unacknowledged."""
@@ -67,9 +52,10 @@ class _Session:
 class SessionTable:
     """The reply caches of all sessions of a volume."""
 
-    def __init__(self, volume_id: int = 0, *, max_replies: int = MAX_REPLIES, max_bytes: int = MAX_BYTES) -> None:
-        """Make an empty table; *volume_id* is written to exports and demanded of what is loaded."""
-        self._volume_id = volume_id
+    def __init__(self, *, max_replies: int = MAX_REPLIES, max_bytes: int = MAX_BYTES) -> None:
+        """Make an empty table."""
+        self.on_forget: Callable[[int, int], None] = lambda _session, _seq: None
+        """Called with (session, number) of each reply that need not be kept any more."""
         self._max_replies = max_replies
         self._max_bytes = max_bytes
         self._sessions: dict[int, _Session] = {}
@@ -93,6 +79,7 @@ class SessionTable:
         table.acked = max(table.acked, ack)
         for number in trimmed:
             table.size -= len(table.replies.pop(number) or b"")
+            self.on_forget(session, number)
         if seq <= table.acked:
             return Verdict.STALE
         if seq in table.replies:
@@ -109,6 +96,7 @@ class SessionTable:
         """
         table = self._sessions.get(session)
         if table is None or seq <= table.acked:
+            self.on_forget(session, seq)
             return
         if table.replies.get(seq, b"") is not None:
             raise MisuseError(f"session {session:#x}: operation {seq} is not under way")
@@ -129,69 +117,27 @@ class SessionTable:
 
     def drop(self, session: int) -> None:
         """Forget a session: its client is gone for good."""
-        self._sessions.pop(session, None)
+        table = self._sessions.pop(session, None)
+        for seq in table.replies if table is not None else ():
+            self.on_forget(session, seq)
 
     def sessions(self) -> list[int]:
         """Return the sessions known."""
         return list(self._sessions)
 
-    def export(self) -> bytes:
-        """Return the file of all replies kept. Raises MisuseError while an operation is being executed."""
-        parts = []
-        for session, table in self._sessions.items():
-            parts.append(SESSION.pack(session, table.acked, len(table.replies)))
-            for seq, reply in table.replies.items():
-                if reply is None:
-                    raise MisuseError(f"session {session:#x}: operation {seq} is under way")
-                parts.append(REPLY.pack(seq, len(reply)))
-                parts.append(reply)
-        body = b"".join(parts)
-        fields = (MAGIC, VERSION, 0, len(self._sessions), self._volume_id, len(body), zlib.crc32(body))
-        head = HEADER.pack(*fields, 0)[:_SEALED]
-        return head + zlib.crc32(head).to_bytes(4, "little") + body
+    def kept(self) -> list[tuple[int, int, bytes]]:
+        """Return every reply kept: (session, number, reply)."""
+        return [
+            (session, seq, reply)
+            for session, table in self._sessions.items()
+            for seq, reply in table.replies.items()
+            if reply is not None
+        ]
 
-    def load(self, data: bytes) -> None:
-        """Take over what export() of another home wrote; sessions known here are replaced. Raises MediaError."""
-        if len(data) < HEADER.size:
-            raise MediaError(f"reply file of {len(data)} bytes")
-        magic, version, zero, count, volume_id, length, body_crc, head_crc = HEADER.unpack_from(data)
-        if magic != MAGIC:
-            raise MediaError("not a reply file")
-        if zlib.crc32(data[:_SEALED]) != head_crc:
-            raise MediaError("the header of the reply file is torn")
-        if version != VERSION or zero != 0:
-            raise MediaError(f"reply file of version {version}")
-        if volume_id != self._volume_id:
-            raise MediaError(f"reply file of another volume ({volume_id:#x})")
-        body = data[HEADER.size :]
-        if length != len(body) or zlib.crc32(body) != body_crc:
-            raise MediaError("the reply file is torn")
-        self._sessions.update(_parse(body, count))
-
-
-def _parse(body: bytes, count: int) -> dict[int, _Session]:
-    """Return the sessions of a body whose checksum is right. Raises MediaError if it makes no sense all the same."""
-    sessions: dict[int, _Session] = {}
-    at = 0
-    try:
-        for _ in range(count):
-            session, acked, replies = SESSION.unpack_from(body, at)
-            at += SESSION.size
-            table = _Session()
-            table.acked = acked
-            for _ in range(replies):
-                seq, length = REPLY.unpack_from(body, at)
-                at += REPLY.size
-                if length > len(body) - at or seq <= acked or seq in table.replies:
-                    raise MediaError("a reply in the reply file makes no sense")
-                table.replies[seq] = body[at : at + length]
-                table.size += length
-                at += length
-            if session in sessions:
-                raise MediaError("a session stands twice in the reply file")
-            sessions[session] = table
-    except struct.error as exc:
-        raise MediaError(f"the reply file ends too soon: {exc}") from exc
-    if at != len(body):
-        raise MediaError("the reply file goes on after its last session")
-    return sessions
+    def restore(self, session: int, seq: int, reply: bytes) -> None:
+        """Take over a reply that a home before kept. Raises MisuseError where the number is known already."""
+        table = self._sessions.setdefault(session, _Session())
+        if seq in table.replies or seq <= table.acked:
+            raise MisuseError(f"session {session:#x}: operation {seq} has a reply already")
+        table.replies[seq] = reply
+        table.size += len(reply)

@@ -18,9 +18,9 @@ from mxfs_proto.ops import Attr, Entry, Fid, Valid
 from mxfsd.io import libc
 
 HIDDEN = b".mxfs"
-"""The folder in the lower root that no operation shows: orphans and reply caches."""
+"""The folder in the lower root that no operation shows: orphans and records of operations."""
 _ORPHANS = b".mxfs/orphans"
-_REPLIES = b".mxfs/replies"
+_OPS = b".mxfs/ops"
 _DIR_FDS = 512
 _FILE_FDS = 256
 
@@ -93,7 +93,7 @@ class Lower:
 
     def prepare(self) -> None:
         """Make the hidden folder where it is missing (read-write mounts only)."""
-        for name in (HIDDEN, _ORPHANS):
+        for name in (HIDDEN, _ORPHANS, _OPS):
             try:
                 os.mkdir(name, 0o700, dir_fd=self.mount_fd)
             except FileExistsError:
@@ -332,6 +332,16 @@ class Lower:
             os.close(fd)
         return [Fid(*(int(part, 16) for part in name.split("."))) for name in names]
 
+    def inherits_acl(self, fid: Fid) -> bool:
+        """Whether what is made in the directory gets an ACL."""
+        try:
+            os.getxattr(self.dir_fd(fid), "system.posix_acl_default")
+        except OSError as exc:
+            if exc.errno in (errno.ENODATA, errno.EOPNOTSUPP):
+                return False
+            raise
+        return True
+
     def reap(self, fid: Fid) -> None:
         """Free an orphan; nothing happens where it is none."""
         self.forget(fid)
@@ -387,31 +397,26 @@ class Lower:
         with self._path_fd(fid) as fd:
             os.removexattr(f"/proc/self/fd/{fd}", name)
 
-    # -- reply caches --------------------------------------------------------------------------------------------
+    # -- records of operations (mxfsd/oprecords.py) --------------------------------------------------------------
 
-    def save_replies(self, data: bytes) -> None:
-        """Put the reply caches where the next home finds them, durably."""
-        fd = os.open(_REPLIES + b".new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600, dir_fd=self.mount_fd)
-        with os.fdopen(fd, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(_REPLIES + b".new", _REPLIES, src_dir_fd=self.mount_fd, dst_dir_fd=self.mount_fd)
-        self.sync(self.root)
-        hidden = os.open(HIDDEN, os.O_RDONLY | os.O_DIRECTORY, dir_fd=self.mount_fd)
+    def op_slots(self) -> dict[int, Fid]:
+        """The files that hold records of operations, by number."""
+        fd = os.open(_OPS, os.O_RDONLY | os.O_DIRECTORY, dir_fd=self.mount_fd)
         try:
-            os.fsync(hidden)
+            return {
+                int(name, 16): Fid(os.stat(name, dir_fd=fd).st_ino, libc.generation_at(fd, os.fsencode(name)))
+                for name in os.listdir(fd)
+            }
         finally:
-            os.close(hidden)
+            os.close(fd)
 
-    def load_replies(self) -> bytes | None:
-        """What a home before saved when it moved; None where none ever did."""
-        try:
-            fd = os.open(_REPLIES, os.O_RDONLY, dir_fd=self.mount_fd)
-        except FileNotFoundError:
-            return None
-        with os.fdopen(fd, "rb") as file:
-            return file.read()
+    def new_op_slot(self, number: int) -> Fid:
+        """Make one more."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
+        fd = os.open(_OPS + b"/%x" % number, flags, 0o600, dir_fd=self.mount_fd)
+        fid = Fid(os.fstat(fd).st_ino, libc.generation_at(fd, b""))
+        self._files.put(fid, fd)
+        return fid
 
     # -- durability ----------------------------------------------------------------------------------------------
 
@@ -435,6 +440,14 @@ class Lower:
             self.syncfs()
         finally:
             os.close(fd)
+
+    def is_shut_down(self) -> bool:
+        """Whether XFS has shut down: then every fstat fails with EIO, also of what is in memory (xfs_vn_getattr)."""
+        try:
+            os.fstat(self.mount_fd)
+        except OSError as exc:
+            return exc.errno == errno.EIO
+        return False
 
     def syncfs(self) -> None:
         """Write back everything and wait."""

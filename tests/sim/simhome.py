@@ -41,7 +41,7 @@ class Home:
         self.master = world.mutants.master(
             number, world.timeouts, first_seq=world.first_seq(epoch), linger_ms=world.linger_ms
         )
-        self.sessions = world.mutants.sessions(7)
+        self.sessions = world.mutants.sessions()
         self.membership = world.mutants.membership(number, world.timeouts)
         self.frozen = False
         self.grace: set[int] = set()

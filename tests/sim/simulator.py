@@ -377,16 +377,17 @@ class World:
         old.cache.set_implicit(False)
         old.is_home = old.gate = False
         old.lease = ClientLease(self.timeouts.lease_ms, 10)
-        self.later(self.rng.choice((1, 10)), self.arrived, target, self.home.sessions.export())
+        self.later(self.rng.choice((1, 10)), self.arrived, target, self.home.sessions.kept())
 
-    def arrived(self, target: Node, replies: bytes) -> None:
+    def arrived(self, target: Node, replies: list[tuple[int, int, bytes]]) -> None:
         """The next home serves."""
         old, epoch = self.home, self.home.epoch + 1
         self.moves += 1
         self.running.clear()
         self.home = Home(self, target.number, epoch)
         self.check.serves(epoch, target.number)
-        self.home.sessions.load(replies)
+        for reply in replies:
+            self.home.sessions.restore(*reply)
         target.is_home = True
         target.paused_until = 0
         gone = (MemberState.ABSENT, MemberState.EVICTED, MemberState.LEFT, MemberState.JOINING)

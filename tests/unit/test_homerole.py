@@ -22,6 +22,7 @@ from mxfsd.core.timeouts import Timeouts
 from mxfsd.home import INTERNAL_REQ
 from mxfsd.homerole import HomeRole
 from mxfsd.io import libc
+from mxfsd.settling import recover_sessions
 
 pytestmark = pytest.mark.needs("root", "loop", "xfs")
 HOME = 1
@@ -37,8 +38,11 @@ def device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 class Rig:
     """A home whose messages are kept; the home's own FUSE layer answers every BAST."""
 
-    def __init__(self, lower: GatedLower, epoch: int = EPOCH, sessions: SessionTable | None = None) -> None:
+    def __init__(self, lower: GatedLower, epoch: int = EPOCH) -> None:
         self.lower = lower
+        self.failures: list[str] = []
+        sessions = SessionTable()
+        self.recovered = recover_sessions(lower, sessions, 5)
         self.locks: list[tuple[int, LockRecord]] = []
         self.replies: list[tuple[int, int, int, bytes]] = []
         self.silent: list[int] = []
@@ -47,11 +51,13 @@ class Rig:
             epoch,
             lower,
             Timeouts.named("fast"),
-            sessions or SessionTable(5),
+            sessions,
             False,
             self._send_lock,
             self._send_frame,
             self.silent.append,
+            self.recovered.records,
+            self.failures.append,
         )
         self.role.run(self.role.master.grace_over(0))
 
@@ -94,6 +100,7 @@ class Rig:
 async def rig(device: str, request: pytest.FixtureRequest) -> AsyncIterator[Rig]:
     lower = GatedLower(libc.mount_detached(device, False))
     lower.prepare()
+    xfsdisk.forget_operations(lower)
     rig = Rig(lower)
     rig.base = fid_of(lower.mkdir(lower.root, request.node.name.encode()[:200], 0o755, 0, 0))
     try:
@@ -102,6 +109,7 @@ async def rig(device: str, request: pytest.FixtureRequest) -> AsyncIterator[Rig]
         lower.gate.open()
         async with asyncio.timeout(20):
             await rig.role.freeze()
+        assert not rig.failures
         for fid in lower.orphans():
             lower.reap(fid)
         lower.close()
@@ -170,9 +178,7 @@ async def test_replies_go_on_to_the_next_home(rig: Rig) -> None:
     rig.ship(A, 1, Op.MKDIR, *rig.base, b"dir", 0o755)
     _, _, values = await rig.reply(Op.MKDIR)
     await rig.role.freeze()
-    table = SessionTable(5)
-    table.load(rig.role.sessions.export())
-    after = Rig(rig.lower, EPOCH + 1, table)
+    after = Rig(rig.lower, EPOCH + 1)
     after.ship(A, 1, Op.MKDIR, *rig.base, b"dir", 0o755, epoch=EPOCH + 1)
     assert await after.reply(Op.MKDIR) == (0, [], values)
     await after.role.freeze()
@@ -193,9 +199,7 @@ async def test_what_freeze_dropped_may_be_sent_again(rig: Rig) -> None:
     await freeze
     assert [seq for _, _, seq, _ in rig.replies] == [3], "executed ones are answered, the other is not"
     assert rig.lower.names(rig.base) == [b"file"]
-    table = SessionTable(5)
-    table.load(rig.role.sessions.export())
-    after = Rig(rig.lower, EPOCH + 1, table)
+    after = Rig(rig.lower, EPOCH + 1)
     after.ship(A, 2, Op.UNLINK, *rig.base, b"file", *NO_FID, epoch=EPOCH + 1)
     assert (await after.reply(Op.UNLINK))[0] == 0
     await after.role.freeze()

@@ -512,27 +512,7 @@ def test_xattrs(lower: Lower, base: Fid) -> None:
     assert lower.listxattr(link) == [b"trusted.c"], "a link has its own"
 
 
-# -- reply caches and durability ---------------------------------------------------------------------------------
-
-
-def test_replies_are_found_by_the_next_home(device: str, lower: Lower) -> None:
-    try:
-        os.unlink(HIDDEN + b"/replies", dir_fd=lower.mount_fd)
-    except FileNotFoundError:
-        pass
-    assert lower.load_replies() is None
-    lower.save_replies(b"first, and longer")
-    lower.save_replies(b"second")
-    hidden = os.open(HIDDEN, os.O_RDONLY, dir_fd=lower.mount_fd)
-    assert sorted(os.listdir(hidden)) == ["orphans", "replies"]
-    os.close(hidden)
-    lower.close()
-    again = xfsdisk.mount(device)
-    try:
-        assert again.load_replies() == b"second"
-    finally:
-        again.close()
-        lower.mount_fd = libc.mount_detached(device, False)
+# -- durability --------------------------------------------------------------------------------------------------
 
 
 def test_sync_survives_a_crash_of_the_file_system(device: str, lower: Lower, base: Fid) -> None:

@@ -1,17 +1,17 @@
-"""Reply caches: exactly once, limits, and the file that carries them to the next home."""
+"""Reply caches: exactly once, limits, and what goes on to the next home."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mxfs_proto.errors import MediaError, MisuseError, PeerError
-from mxfsd.core.sessions import HEADER, Replay, SessionTable, Verdict
+from mxfs_proto.errors import MisuseError, PeerError
+from mxfsd.core.sessions import Replay, SessionTable, Verdict
 
 NEW, IN_PROGRESS, STALE = Verdict
 
 
 def filled() -> SessionTable:
-    table = SessionTable(99)
+    table = SessionTable()
     for session, seq, ack in [(1, 1, 0), (1, 2, 0), (2, 7, 4)]:
         assert table.begin(session, seq, ack) is NEW
         table.done(session, seq, b"reply %d" % seq)
@@ -79,59 +79,48 @@ def test_misuse() -> None:
     assert table.sessions() == [2]
 
 
-def test_export_and_load() -> None:
-    table = SessionTable(99)
-    table.load(filled().export())
+def test_restored_replies_answer() -> None:
+    table = SessionTable()
+    for row in filled().kept():
+        table.restore(*row)
     assert table.begin(1, 2, 0) == Replay(b"reply 2")
     assert table.begin(2, 7, 4) == Replay(b"reply 7")
     assert table.begin(2, 4, 0) is STALE
     assert table.begin(2, 5, 4) is NEW
+    assert (2, 5, b"") not in table.kept(), "an operation under way has no reply"
     with pytest.raises(MisuseError):
-        table.export()
+        table.restore(2, 7, b"another")
+    with pytest.raises(MisuseError):
+        table.restore(2, 4, b"acknowledged")
+    assert sorted(table.kept()) == sorted(filled().kept())
 
 
-def test_empty_export() -> None:
-    table = SessionTable(99)
-    data = table.export()
-    assert len(data) == HEADER.size
-    table.load(data)
-    assert table.sessions() == []
-
-
-def test_torn_files_are_refused_and_change_nothing() -> None:
-    data = filled().export()
+def test_what_need_not_be_kept_is_said() -> None:
+    """Where a reply stands on the volume its place can be used again."""
     table = filled()
-    for size in range(len(data)):
-        with pytest.raises(MediaError):
-            table.load(data[:size])
-    for place in range(len(data)):
-        torn = bytearray(data)
-        torn[place] ^= 0x40
-        with pytest.raises(MediaError):
-            table.load(bytes(torn))
-    with pytest.raises(MediaError):
-        table.load(data + b"\0")
-    with pytest.raises(MediaError):
-        SessionTable(98).load(data)
-    assert table.export() == data
-
-
-@given(st.binary(max_size=200))
-def test_any_bytes_are_refused_by_name(data: bytes) -> None:
-    with pytest.raises(MediaError):
-        SessionTable(99).load(data)
+    gone: list[tuple[int, int]] = []
+    table.on_forget = lambda session, seq: gone.append((session, seq))
+    table.begin(1, 3, 1)
+    assert gone == [(1, 1)]
+    table.begin(2, 8, 7)
+    table.drop(1)
+    assert gone == [(1, 1), (2, 7), (1, 2), (1, 3)]
+    table.done(1, 3, b"nobody wants it")
+    assert gone[4:] == [(1, 3)]
+    assert table.kept() == []
 
 
 @given(st.dictionaries(st.integers(0, 2**64 - 1), st.dictionaries(st.integers(1, 2**64 - 1), st.binary(), max_size=4)))
 def test_round_trip(sessions: dict[int, dict[int, bytes]]) -> None:
-    table = SessionTable(3)
+    table = SessionTable()
     for session, replies in sessions.items():
         for seq, reply in replies.items():
             assert table.begin(session, seq, 0) is NEW
             table.done(session, seq, reply)
-    other = SessionTable(3)
-    other.load(table.export())
-    assert other.export() == table.export()
+    other = SessionTable()
+    for row in table.kept():
+        other.restore(*row)
+    assert other.kept() == table.kept()
     for session, replies in sessions.items():
         for seq, reply in replies.items():
             assert other.begin(session, seq, 0) == Replay(reply)
