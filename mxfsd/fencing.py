@@ -4,6 +4,7 @@ An agent says of a victim that it is fenced, or raises. ``docs/fencing.md`` has 
 """
 
 import os
+import socket
 from collections.abc import Callable
 from typing import Protocol
 
@@ -16,6 +17,8 @@ from mxfsd.pr.errors import ReservationError
 from mxfsd.pr.keys import PREFIX, RANDOM_BITS, key_text
 from mxfsd.pr.probe import open_reservations
 from mxfsd.pr.reservations import Reservations, Standing
+
+_INITIATOR = "iqn.2026-11.net.mxfs"
 
 log = structlog.get_logger(__name__)
 
@@ -140,7 +143,9 @@ def choose(device: str, options: MountOptions) -> Fencing:
         if options.pr_device is not None:
             raise MisuseError("prdev= has no use with fencing=lease: leave one of them out")
         return LeaseFencing("fencing=lease")
-    probe = open_reservations(options.pr_device or device)
+    # At a target on the network each node is an initiator of its own name.
+    initiator = f"{_INITIATOR}:{options.node or socket.gethostname()}"
+    probe = open_reservations(options.pr_device or device, initiator=initiator)
     if probe.reservations is None:
         if options.fencing == "pr":
             raise MisuseError(

@@ -12,6 +12,8 @@ from mxfsd import procs
 
 NETNS_FOLDER = "/run/netns"
 SUBNET = "10.77.1"
+BRIDGE_ADDRESS = f"{SUBNET}.254"
+"""Of the bridge itself: the lab's SCSI target listens there."""
 LINK_S = 5.0
 
 
@@ -48,6 +50,7 @@ def build(lab_id: str, count: int) -> None:
             "link set lo up",
             "link add br0 type bridge stp_state 0 forward_delay 0 mcast_snooping 0",
             "link set br0 up",
+            f"addr add {BRIDGE_ADDRESS}/24 dev br0",
         ],
     )
     for number in range(1, count + 1):
