@@ -1,0 +1,153 @@
+"""The faults of the failover simulator, and how a seed chooses among them."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from failover import World
+    from failover_node import Node
+
+PARTITIONS = (
+    ((1,), (2, 3)),
+    ((2,), (1, 3)),
+    ((3,), (1, 2)),
+    ((1,), (2,), (3,)),
+)
+
+
+class Faults:
+    """What can go wrong in one world, and when it ends."""
+
+    def __init__(self, world: "World") -> None:
+        self.world = world
+        self.engine = world.engine
+
+    def home(self) -> "Node":
+        """Return the node that is home, or the one that was first."""
+        return next((node for node in self.world.nodes.values() if node.home is not None), self.world.nodes[1])
+
+    def some(self) -> "Node":
+        rng = self.engine.rng
+        return self.home() if rng.random() < 0.65 else rng.choice(list(self.world.nodes.values()))
+
+    def away(self, delay: int) -> int:
+        """Return *delay*, but not beyond the time at which every fault ends."""
+        return max(1, min(delay, self.world.calm_ms - self.engine.now))
+
+    # -- machines and processes --------------------------------------------------------------------------------
+
+    def power(self) -> None:
+        node = self.some()
+        node.power_off()
+        self.engine.at(self.away(self.engine.rng.choice((300, 1500, 3000))), node.power_on)
+
+    def daemon(self) -> None:
+        self.some().crash_daemon()
+
+    def heart(self) -> None:
+        self.some().crash_heart()
+
+    def fuse(self) -> None:
+        self.some().crash_fuse()
+
+    def pause(self) -> None:
+        """A machine stops. Where only deadlines fence, a hardware watchdog resets a home that stops for too long."""
+        node, ms = self.some(), self.engine.rng.choice((200, 900, 1800, 4000))
+        ms = self.away(ms)
+        if self.world.agent == "lease" and node.mount is not None and ms > 300:
+            self.engine.at(600, node.power_off)
+            self.engine.at(self.away(2000), node.power_on)
+        node.pause(ms)
+
+    # -- network -----------------------------------------------------------------------------------------------
+
+    def heal(self) -> None:
+        self.world.net.cut.clear()
+
+    def partition(self) -> None:
+        groups = self.engine.rng.choice(PARTITIONS)
+        of = {number: index for index, group in enumerate(groups) for number in group}
+        self.cut({(a, b) for a in of for b in of if of[a] != of[b]})
+
+    def one_way(self) -> None:
+        rng, nodes = self.engine.rng, list(self.world.nodes)
+        source = rng.choice(nodes)
+        targets = [node for node in nodes if node != source]
+        self.cut({(source, target) for target in rng.sample(targets, rng.randint(1, len(targets)))})
+
+    def cut(self, pairs: set[tuple[int, int]]) -> None:
+        self.world.net.cut |= pairs
+        self.engine.at(self.away(self.engine.rng.choice((100, 700, 2000, 3000))), self.heal)
+
+    def connection(self) -> None:
+        """A connection breaks."""
+        node = self.engine.rng.choice(list(self.world.nodes.values()))
+        if node.link is not None:
+            self.world.net.lose(node.link)
+
+    # -- disk --------------------------------------------------------------------------------------------------
+
+    def slow(self) -> None:
+        rng = self.engine.rng
+        hosts = [node.host for node in self.world.nodes.values()] if rng.random() < 0.3 else [self.some().host]
+        for host in hosts:
+            host.slow = rng.choice((30, 150, 600))
+            self.engine.at(self.away(rng.choice((300, 1500))), self._fast, host)
+
+    @staticmethod
+    def _fast(host: "object") -> None:
+        host.slow = 0  # type: ignore[attr-defined]
+
+    def disk_away(self) -> None:
+        rng = self.engine.rng
+        hosts = [node.host for node in self.world.nodes.values()] if rng.random() < 0.5 else [self.some().host]
+        ms = self.away(rng.choice((200, 900, 1800, 3000)))
+        for host in hosts:
+            host.away = True
+            self.engine.at(ms, self._back, host.number)
+
+    def _back(self, number: int) -> None:
+        self.world.nodes[number].host.away = False
+
+    def flip(self) -> None:
+        rng = self.engine.rng
+        lease = rng.random() < 0.4
+        self.world.disk.flip(lease, rng.randrange(2) if lease else rng.randrange(len(self.world.disk.slots)))
+
+    def flaky(self) -> None:
+        self.world.disk.flaky = 0.4
+        self.engine.at(self.away(2000), self._steady)
+
+    def _steady(self) -> None:
+        self.world.disk.flaky = 0.0
+
+    def target(self) -> None:
+        """The target forgets its registrations. (A node fenced before, which still lives, could write again then.)"""
+        if self.world.disk.pr and not self.world.disk.fenced:
+            self.world.disk.restart_target()
+
+
+KINDS = {
+    "power": 6,
+    "daemon": 4,
+    "heart": 2,
+    "fuse": 2,
+    "pause": 4,
+    "partition": 4,
+    "one_way": 2,
+    "connection": 2,
+    "slow": 2,
+    "disk_away": 2,
+    "flip": 2,
+    "flaky": 1,
+    "target": 1,
+}
+
+
+def plan(world: "World") -> None:
+    """Choose one to three faults."""
+    rng = world.engine.rng
+    faults = Faults(world)
+    for kind in rng.choices(list(KINDS), list(KINDS.values()), k=rng.choice((1, 1, 2, 2, 3))):
+        at = rng.randrange(150, 2200)
+        world.faults.append(f"{kind}@{at}")
+        world.engine.at(at, getattr(faults, kind))

@@ -1,0 +1,716 @@
+"""One machine of the failover simulator: heartbeat process, daemon, FUSE layer; real Keeper, Watch, claims and Takeover."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from failover_client import Fuse
+from failover_disk import Host, Mount
+from failover_engine import Link, Proc, Steps
+from failover_home import Home
+from simnode import Future
+
+from mxfs_proto.ondisk import LeaseState, SlotRecord, SlotState
+from mxfsd.core.keeper import Keeper, LeaseLost, SlotLost, Stalled
+from mxfsd.core.lease import (
+    GONE,
+    Claim,
+    Evidence,
+    HandOver,
+    HeldLease,
+    HeldSlot,
+    Joiner,
+    LeaseClaim,
+    Read,
+    Refused,
+    Sleep,
+    SlotClaim,
+    SlotReclaim,
+    WriteLease,
+    WriteSlot,
+)
+from mxfsd.core.membership import DeclareDead
+from mxfsd.core.takeover import (
+    AwaitReclaims,
+    ClaimLease,
+    Effect,
+    Fence,
+    Mount as MountIt,
+    Serve,
+    Settle,
+    Takeover,
+    TakeoverState,
+    Verdict,
+    Victim,
+)
+from mxfsd.core.watch import Snapshot, Watch
+
+if TYPE_CHECKING:
+    from failover import World
+
+FENCE_MARGIN_MS = 60
+"""The heartbeat process shuts the lower file system down this long before the lease ends."""
+
+
+class Node:
+    """A machine."""
+
+    def __init__(self, world: "World", number: int) -> None:
+        self.world = world
+        self.rules = world.rules
+        self.number = number
+        self.uuid = bytes([number] * 16)
+        self.host = Host(number)
+        self.heart, self.daemon = Proc(f"heartbeat {number}"), Proc(f"daemon {number}")
+        self.fuse_proc, self.kernel = Proc(f"fuse {number}"), Proc(f"kernel {number}")
+        self.drift = world.engine.rng.randint(-300, 300)
+        self.offset = world.engine.rng.randint(0, 100_000)
+        self.incarnation = 0
+        self.continues = 0
+        self.slot = number
+        self.keeper: Keeper | None = None
+        self.watch = Watch(world.timeouts.lease_ms)
+        self.snap: Snapshot | None = None
+        self.takeover = Takeover()
+        self.home: Home | None = None
+        self.mount: Mount | None = None
+        self.link: Link | None = None
+        self.heard_ms = 0
+        self.fuse: Fuse | None = None
+        self.evicted: set[tuple[int, int]] = set()
+        self.guard = 0
+        self.target_generation = 0
+
+    def procs(self) -> tuple[Proc, ...]:
+        return self.heart, self.daemon, self.fuse_proc, self.kernel
+
+    def clock(self) -> int:
+        """Return this machine's monotonic milliseconds."""
+        now = self.world.engine.now
+        return self.offset + now + now * self.drift // 1_000_000
+
+    def note(self, what: Any) -> None:
+        self.world.engine.note(f"n{self.number}", what)
+
+    def nonce(self) -> int:
+        return self.world.engine.rng.getrandbits(64)
+
+    def acts_as_home(self) -> bool:
+        return self.home is not None and self.home.serving and self.home.may_act() and self.daemon.alive
+
+    def lease_valid(self) -> bool:
+        until = self.keeper.lease_until_ms if self.keeper is not None else None
+        return until is not None and self.clock() <= until
+
+    # -- claims ------------------------------------------------------------------------------------------------
+
+    def drive(self, claim: Claim, proc: Proc, done: Callable[[Any], None]) -> None:
+        """Run a claim to its end."""
+        disk = self.world.disk
+
+        def go(action: Any) -> None:
+            match action:
+                case Read():
+                    disk.read(self.host, proc, self.clock, read)
+                case WriteSlot() | WriteLease():
+                    disk.put(self.host, proc, action.record, lambda ok: written(ok, action))
+                case Sleep():
+                    self.world.engine.at(action.ms, lambda: go(claim.on_slept(self.clock())), proc=proc)
+                case _:
+                    done(action)
+
+        def read(snap: Snapshot | None) -> None:
+            if snap is None:
+                disk.read(self.host, proc, self.clock, read)
+            else:
+                go(claim.on_read(snap))
+
+        def written(ok: bool, action: Any) -> None:
+            if ok:
+                go(claim.on_written(self.clock()))
+            elif disk.refuses(self.host.key):
+                done(Refused("the reservation shuts this node out", 0))
+            else:
+                disk.put(self.host, proc, action.record, lambda again: written(again, action))
+
+        go(claim.begin())
+
+    def join(self) -> None:
+        """The daemon starts: registers, then claims a slot."""
+        world = self.world
+        if self.host.away:
+            world.engine.at(200, self.join, proc=self.daemon)
+            return
+        self.takeover = Takeover()
+        if world.disk.pr:
+            world.disk.register(self.host, self.nonce())
+        joiner = Joiner(self.uuid, f"n{self.number}", self.host.key, last_incarnation=self.incarnation)
+
+        def done(action: Any) -> None:
+            if isinstance(action, Refused):
+                self.note(action)
+                world.engine.at(700, self.join, proc=self.daemon)
+                return
+            self.holds(action)
+
+        self.drive(SlotClaim(joiner, world.timeouts, self.nonce), self.daemon, done)
+
+    def holds(self, held: HeldSlot) -> None:
+        """A slot is ours: the heartbeat process starts."""
+        self.slot, self.incarnation = held.record.slot, held.record.incarnation
+        self.note(f"slot {self.slot}, incarnation {self.incarnation}, goes on from {self.continues}")
+        self.keeper = Keeper(held, self.world.timeouts)
+        self.keeper.set_state(SlotState.ACTIVE)
+        self.watch = Watch(self.world.timeouts.lease_ms)
+        self.snap = None
+        self.heart.start()
+        self.heart.paused_until = self.daemon.paused_until
+        self.beat()
+        self.tick()
+        if self.fuse is None:
+            self.remount()
+
+    def remount(self) -> None:
+        """A new FUSE layer, and applications on it."""
+        self.fuse_proc.start()
+        self.fuse_proc.paused_until = self.daemon.paused_until
+        self.fuse = Fuse(self, self.world.new_session())
+        for thread in range(self.world.threads):
+            self.world.engine.spawn(self.fuse.application(thread), self.fuse_proc)
+
+    # -- the heartbeat process ---------------------------------------------------------------------------------
+
+    def beat(self) -> None:
+        keeper = self.keeper
+        assert keeper is not None
+        if self.world.disk.pr and not self.host.away:
+            self.look_at_keys()
+
+        def read(snap: Snapshot | None) -> None:
+            if keeper is not self.keeper:
+                return
+            if snap is None:
+                self.world.engine.at(self.world.timeouts.heartbeat_ms // 4, self.beat, proc=self.heart)
+                return
+            self.watch.observe(snap)
+            self.perform(keeper, keeper.on_read(snap), snap)
+
+        self.world.disk.read(self.host, self.heart, self.clock, read)
+
+    def look_at_keys(self) -> None:
+        """A target that starts anew has no reservation: establish it again. A node that was preempted does not."""
+        disk = self.world.disk
+        if disk.generation < self.target_generation and self.host.key not in disk.keys:
+            self.note("the target forgot its registrations")
+            disk.register(self.host, self.host.key)
+        self.target_generation = disk.generation
+
+    def perform(self, keeper: Keeper, duties: list[Any], snap: Snapshot) -> None:
+        """Carry out the duties of one beat in their order."""
+        engine = self.world.engine
+        if not duties:
+            self.snap = snap
+            self.guard_lease()
+            engine.at(0, self.on_beat, snap, proc=self.daemon)
+            engine.at(self.world.timeouts.heartbeat_ms, self.beat, proc=self.heart)
+            return
+        duty, rest = duties[0], duties[1:]
+        match duty:
+            case SlotLost():
+                self.note(duty)
+                self.self_fence("slot lost")
+                self.put_out()
+            case LeaseLost():
+                self.note(duty)
+                self.self_fence("lease lost")
+                self.restart_daemon(own=True)
+            case Stalled():
+                self.note(duty)
+                self.self_fence("stalled")
+                self.reclaim(keeper, duty.late)
+            case _:
+                record = duty.record
+
+                def written(ok: bool) -> None:
+                    if keeper is not self.keeper:
+                        return
+                    if not ok:
+                        engine.at(self.world.timeouts.heartbeat_ms // 4, self.beat, proc=self.heart)
+                        return
+                    more = keeper.on_written(duty, snap.began_ms, self.clock())
+                    self.perform(keeper, ([more] if more else []) + rest, snap)
+
+                self.world.disk.put(self.host, self.heart, record, written)
+
+    def reclaim(self, keeper: Keeper, late: bool) -> None:
+        def done(action: Any) -> None:
+            if keeper is not self.keeper:
+                return
+            if isinstance(action, HeldSlot):
+                keeper.resume(action)
+                self.beat()
+            else:
+                self.put_out()
+
+        self.drive(SlotReclaim(keeper.record, self.world.timeouts, self.nonce, late=late), self.heart, done)
+
+    def guard_lease(self) -> None:
+        """Look again shortly before the lease would end."""
+        until = self.keeper.lease_until_ms if self.keeper is not None else None
+        if until is not None:
+            self.world.engine.at(until - FENCE_MARGIN_MS - self.clock(), self.check_lease, until, proc=self.heart)
+
+    def check_lease(self, until: int) -> None:
+        keeper = self.keeper
+        if keeper is None or keeper.lease is None or keeper.lease_until_ms != until:
+            return
+        if self.clock() >= until - FENCE_MARGIN_MS:
+            self.self_fence("not renewed in time")
+            keeper.let_go()
+            self.restart_daemon(own=True)
+
+    def self_fence(self, why: str) -> None:
+        """GOINGDOWN without a log flush."""
+        if self.mount is not None and self.rules.self_fence:
+            self.mount.shut_down(why)
+            self.local_loss()
+
+    def local_loss(self) -> None:
+        """What was written here and not synced is gone with the lower mount."""
+        if self.fuse is not None and self.fuse.home_here:
+            self.world.ledger.lost(self.fuse.serial)
+            self.fuse.excused |= {ino for ino, count in self.fuse.counts.items() if count}
+
+    # -- ends of processes -------------------------------------------------------------------------------------
+
+    def end_role(self) -> None:
+        """The daemon is gone, with all that it held."""
+        self.daemon.kill()
+        if self.home is not None:
+            self.home.over = True
+            for link in self.home.links.values():
+                self.world.net.lose(link)
+            self.home = None
+        self.drop_link()
+        if self.fuse is not None:
+            self.fuse.leave_home()
+
+    def drop_link(self) -> None:
+        if self.link is not None:
+            self.world.net.lose(self.link)
+            self.link = None
+        if self.fuse is not None:
+            self.fuse.connected(None)
+
+    def crash_daemon(self) -> None:
+        """The daemon dies; the heartbeat process sees to the rest."""
+        if self.daemon.alive and self.keeper is not None:
+            self.note("daemon crashes")
+            self.restart_daemon(own=False)
+
+    def restart_daemon(self, own: bool) -> None:
+        """The daemon ends; the lower file system is shut down, the slot says so, the next daemon starts.
+
+        *own*: the heartbeat process ended it, and shut the lower file system down before.
+        """
+        keeper = self.keeper
+        if self.rules.failed_after_shutdown:
+            self.world.engine.spawn(self._shut_and_restart(keeper, own), self.heart)
+        else:
+            self.world.engine.spawn(self._gasp(keeper), self.heart)
+        self.continues = self.incarnation if self.fuse is not None else 0
+        keep = self.mount
+        self.end_role()
+        self.mount = keep
+
+    def _shut_and_restart(self, keeper: Keeper | None, own: bool) -> Steps:
+        """GOINGDOWN with a log flush while the lease allows it, then without; then the last gasp."""
+        mount, engine = self.mount, self.world.engine
+        if mount is not None and not mount.down and not own:
+            flushed = Future()
+            engine.spawn(self._flush(mount, flushed), self.kernel)
+            while not flushed.done and self.lease_valid():
+                yield 10
+            if not flushed.done:
+                self.local_loss_of(mount)
+        if mount is not None:
+            mount.shut_down("its daemon ended")
+            while not self.world.disk.idle_lower(self.host):
+                yield 5
+        self.mount = None
+        yield from self._gasp(keeper)
+
+    def _flush(self, mount: Mount, flushed: Future) -> Steps:
+        for ino in {ino for ino, _ in mount.dirty}:
+            yield mount.flush(ino)
+        if (yield mount.force()):
+            flushed.set(True)
+
+    def local_loss_of(self, mount: Mount) -> None:
+        if self.fuse is not None:
+            self.world.ledger.lost(self.fuse.serial)
+            self.fuse.excused |= {ino for ino, count in self.fuse.counts.items() if count}
+
+    def _gasp(self, keeper: Keeper | None) -> Steps:
+        """The last record of this claim, if the slot is ours for sure; then the next daemon."""
+        if keeper is not None and self.clock() < keeper.slot_until_ms - FENCE_MARGIN_MS:
+            state = SlotState.RESTARTING if self.fuse is not None else SlotState.FAILED
+            written = Future()
+            self.world.disk.put(self.host, self.heart, keeper.last(state), written.set)
+            yield written
+        self.keeper = None
+        self.daemon.start()
+        self.daemon.paused_until = self.heart.paused_until
+        self.world.engine.at(self.world.engine.rng.choice((20, 200, 600)), self.join, proc=self.daemon)
+        self.heart.kill()
+
+    def put_out(self) -> None:
+        """Somebody else has our slot: the mount is dead; it is mounted anew later."""
+        self.note("is out")
+        self.self_fence("put out")
+        self.end_fuse()
+        self.end_role()
+        self.mount, self.keeper, self.continues = None, None, 0
+        self.daemon.start()
+        self.daemon.paused_until = self.heart.paused_until
+        self.world.engine.at(300, self.join, proc=self.daemon)
+        self.heart.kill()
+
+    def end_fuse(self) -> None:
+        if self.fuse is not None:
+            self.world.ledger.lost(self.fuse.serial)
+            self.fuse = None
+            self.fuse_proc.kill()
+
+    def refused(self, incarnation: int) -> None:
+        """A home says that this incarnation is out."""
+        if incarnation == self.incarnation and self.keeper is not None:
+            self.put_out()
+
+    def crash_fuse(self) -> None:
+        """The FUSE server dies; its daemon ends too, and the node mounts anew as another incarnation."""
+        if self.fuse is not None and self.keeper is not None:
+            self.note("FUSE server crashes")
+            if self.mount is not None:
+                self.local_loss_of(self.mount)
+            self.end_fuse()
+            self.restart_daemon(own=False)
+
+    def crash_heart(self) -> None:
+        """The heartbeat process dies: the daemon does not live a moment longer."""
+        if self.keeper is not None and self.heart.alive:
+            self.note("heartbeat process crashes")
+            self.self_fence("the heartbeat process died")
+            self.local_loss()
+            keep, self.continues = self.mount, (self.incarnation if self.fuse is not None else 0)
+            self.end_role()
+            self.mount = keep if not self.rules.self_fence else None
+            self.keeper = None
+            self.heart.kill()
+            self.daemon.start()
+            self.world.engine.at(100, self.join, proc=self.daemon)
+
+    def power_off(self) -> None:
+        if not self.host.alive:
+            return
+        self.note("power lost")
+        self.host.alive = False
+        self.end_fuse()
+        self.end_role()
+        if self.mount is not None:
+            self.mount.down = True
+        self.mount, self.keeper, self.continues = None, None, 0
+        for proc in self.procs():
+            proc.kill()
+            proc.paused_until = 0
+
+    def power_on(self) -> None:
+        if self.host.alive:
+            return
+        self.note("starts")
+        old, self.host = self.host, Host(self.number)
+        self.host.away = old.away
+        self.kernel.start()
+        self.daemon.start()
+        self.join()
+
+    def pause(self, ms: int) -> None:
+        """All of the machine stops for a while (not what is under way on the disk)."""
+        self.note(f"paused for {ms} ms")
+        for proc in self.procs():
+            proc.paused_until = self.world.engine.now + ms
+
+    # -- the daemon: following a home --------------------------------------------------------------------------
+
+    def tick(self) -> None:
+        """Renew our lease with the home, or look for it."""
+        engine = self.world.engine
+        if self.keeper is None:
+            return
+        if self.fuse is not None:
+            engine.at(0, self.fuse.tick, proc=self.fuse_proc)
+        link, home = self.link, self.world.home_at(self.link)
+        if link is not None and not link.broken and home is not None:
+            send = (home.on_renewal, link, self.slot, self.incarnation, self.clock())
+            self.world.net.send(link, self.number, "lock", home.node.daemon, *send)
+            if self.fuse is not None and self.fuse.epoch != home.epoch:
+                self.hello(home)
+        else:
+            self.look_for_home()
+        engine.at(self.world.timeouts.heartbeat_ms, self.tick, proc=self.daemon)
+
+    def look_for_home(self) -> None:
+        for node in self.world.nodes.values():
+            if node.home is not None and not node.home.over and node.daemon.alive and self.fuse is not None:
+                both = self.world.net.reaches(self.number, node.number) and self.world.net.reaches(
+                    node.number, self.number
+                )
+                if node is self or both:
+                    self.drop_link()
+                    self.link = Link(self.number, node.number)
+                    self.fuse.connected(self.link)
+                    self.hello(node.home)
+                    return
+
+    def hello(self, home: Home) -> None:
+        link = self.link
+        assert link is not None and self.fuse is not None
+        self.world.net.send(
+            link,
+            self.number,
+            "lock",
+            home.node.daemon,
+            home.on_hello,
+            link,
+            self.fuse,
+            self.incarnation,
+            self.continues,
+            self.slot,
+        )
+
+    def link_lost(self, link: Link) -> None:
+        if self.link is link:
+            self.link = None
+            if self.fuse is not None:
+                self.fuse.connected(None)
+
+    # -- the daemon: taking over -------------------------------------------------------------------------------
+
+    def on_beat(self, snap: Snapshot) -> None:
+        """The heartbeat process read the lockspace."""
+        if self.home is not None:
+            self.home.on_slots(snap)
+            return
+        if self.takeover.state is TakeoverState.FOLLOWING:
+            verdict, victim = self.judge(snap)
+            if verdict is not Verdict.ALIVE:
+                self.takeover.suspect()
+        if self.takeover.state is TakeoverState.SUSPECT:
+            verdict, victim = self.judge(snap)
+            if verdict is Verdict.ALIVE:
+                self.takeover.heard()
+            elif self.fuse is not None:
+                self.go(self.takeover.judged(verdict, victim))
+
+    def judge(self, snap: Snapshot) -> tuple[Verdict, Victim | None]:
+        """What the disk says of the owner of the lease."""
+        lease, dead = snap.lease, self.world.timeouts.node_dead_ms
+        if lease is None:
+            return Verdict.ALIVE, None
+        if lease.state is LeaseState.FREE or (lease.state is LeaseState.MOVING and lease.target_slot == self.slot):
+            return Verdict.NONE, None
+        owner = snap.slot(lease.owner_slot)
+        silent = self.watch.age_ms(0) >= dead and self.watch.age_ms(lease.owner_slot) >= dead
+        same = owner is not None and (owner.node_uuid, owner.incarnation) == (lease.owner_uuid, lease.incarnation)
+        key = owner.pr_key if owner is not None and same else 0
+        if owner is not None and ((same and owner.state in GONE) or (not same and owner.state is not SlotState.CLAIMING)):
+            return Verdict.FAILED, Victim(lease.owner_slot, lease.incarnation, key, Verdict.FAILED)
+        if silent:
+            return Verdict.SILENT, Victim(lease.owner_slot, lease.incarnation, key, Verdict.SILENT)
+        return Verdict.ALIVE, None
+
+    def go(self, effects: list[Effect]) -> None:
+        """Carry out what the takeover wants done."""
+        for effect in effects:
+            self.note(effect)
+            self.world.reached(self, effect)
+            if not self.daemon.alive:
+                return
+            match effect:
+                case Fence():
+                    self.world.engine.spawn(self.fence_home(effect.victim), self.daemon)
+                case ClaimLease():
+                    self.claim_lease(effect.victim)
+                case MountIt():
+                    self.world.engine.spawn(self.mount_lower(effect.epoch), self.daemon)
+                case Settle():
+                    self.world.engine.spawn(self.settle(), self.daemon)
+                case AwaitReclaims():
+                    self.tick_now()
+                case Serve():
+                    assert self.home is not None
+                    self.home.serve()
+
+    def fence(self, key: int) -> Steps:
+        """Fence a key with the volume's agent. Return whether it is confirmed."""
+        disk, rng = self.world.disk, self.world.engine.rng
+        yield rng.randint(2, 10)
+        if not disk.pr or not key or not self.rules.fence:
+            return True
+        disk.preempt(self.host, key)
+        yield rng.randint(2, 10)
+        if self.rules.confirm and (self.host.away or key in disk.keys or self.host.key not in disk.keys):
+            return False
+        disk.fenced.add(key)
+        return True
+
+    def fence_home(self, victim: Victim) -> Steps:
+        if (yield from self.fence(victim.pr_key)):
+            self.go(self.takeover.fenced(victim))
+        else:
+            yield 100
+            self.takeover.fence_failed()
+
+    def claim_lease(self, victim: Victim | None) -> None:
+        snap, keeper = self.snap, self.keeper
+        assert keeper is not None
+        evidence = None
+        if victim is not None and snap is not None and snap.lease is not None and victim.verdict is Verdict.SILENT:
+            slot = snap.slot(victim.slot)
+            if slot is not None:
+                evidence = Evidence(victim.slot, victim.incarnation, slot.counter, snap.lease.sequence)
+
+        def done(action: Any) -> None:
+            if not isinstance(action, HeldLease) or keeper is not self.keeper:
+                self.note(action)
+                self.takeover.refused()
+                return
+            if keeper.hold(action, self.clock()) is not None:
+                self.takeover.refused()
+                return
+            self.guard_lease()
+            self.go(self.takeover.claimed(action.record.epoch))
+
+        self.drive(LeaseClaim(keeper.record, self.world.timeouts, self.nonce, evidence=evidence), self.daemon, done)
+
+    def mount_lower(self, epoch: int) -> Steps:
+        yield self.world.engine.rng.randint(5, 30)
+        while self.host.away:
+            yield 50
+        if not self.lease_valid():
+            self.self_fence("lease over before the mount")
+            self.restart_daemon(own=True)
+            return
+        self.mount = Mount(self.world, self.host, self.host.key)
+        self.world.ledger.serves(epoch, self.number)
+        self.world.takeovers += 1
+        self.home = Home(self, epoch, self.mount)
+        self.world.engine.at(50, self.write_back, self.mount, proc=self.kernel)
+        self.go(self.takeover.mounted())
+
+    def write_back(self, mount: Mount) -> None:
+        mount.background()
+        if not mount.down:
+            self.world.engine.at(self.world.engine.rng.choice((40, 120, 400)), self.write_back, mount, proc=self.kernel)
+
+    def settle(self) -> Steps:
+        home = self.home
+        assert home is not None
+        if not (yield from home.recover()):
+            return
+        members = set()
+        snap = self.snap
+        for record in snap.slots if snap is not None else ():
+            if record is not None and record.slot != self.slot and self.may_hold(record):
+                home.membership.expect(self.clock(), record.slot, record.incarnation)
+                members.add(record.slot)
+        members.add(self.slot)
+        self.go(self.takeover.settled(members if self.rules.grace else ()))
+
+    def may_hold(self, record: SlotRecord) -> bool:
+        """Whether the node of a slot may hold something from before."""
+        if (record.slot, record.incarnation) in self.evicted:
+            return False
+        return record.state not in (SlotState.FREE, SlotState.LEFT, SlotState.FAILED)
+
+    def tick_now(self) -> None:
+        self.look_for_home()
+        for node in self.world.nodes.values():
+            if node is not self and self.world.net.reaches(self.number, node.number):
+                self.world.engine.at(self.world.net.delay(), node.announced, proc=node.daemon)
+
+    def announced(self) -> None:
+        """A home says that it is there."""
+        if self.keeper is not None and (self.link is None or self.link.broken or self.world.home_at(self.link) is None):
+            self.look_for_home()
+
+    # -- the daemon: as home -----------------------------------------------------------------------------------
+
+    def fence_member(self, home: Home, dead: DeclareDead) -> None:
+        """A member was declared dead."""
+
+        def work() -> Steps:
+            record = self.snap.slot(dead.node) if self.snap is not None else None
+            key = record.pr_key if record is not None and record.incarnation == dead.incarnation else 0
+            while not (yield from self.fence(key)):
+                yield 100
+            if not home.over:
+                home.decide(home.membership.fenced(self.clock(), dead.node))
+
+        self.world.engine.spawn(work(), self.daemon)
+
+    def free_slot(self, slot: int, incarnation: int) -> None:
+        """A node that was put out loses its slot record, so that a later home knows too."""
+        record = self.snap.slot(slot) if self.snap is not None else None
+        if record is None or record.incarnation != incarnation or record.state in (SlotState.FREE, SlotState.LEFT):
+            return
+
+        def done(action: Any) -> None:
+            if isinstance(action, HeldSlot):
+                free = SlotRecord(slot, incarnation=incarnation, counter=action.record.counter + 1)
+                self.world.disk.put(self.host, self.daemon, free, lambda ok: None)
+
+        self.drive(SlotReclaim(record, self.world.timeouts, self.nonce), self.daemon, done)
+
+    def step_down(self) -> None:
+        """This home is the one that is cut off: unmount, then give the lease up."""
+        home, keeper = self.home, self.keeper
+        if home is None or keeper is None or home.over:
+            return
+        self.world.step_downs += 1
+        self.note("steps down")
+        home.over = True
+        self.world.engine.spawn(self._step_down(home, keeper), self.daemon)
+
+    def _step_down(self, home: Home, keeper: Keeper) -> Steps:
+        mount = home.mount
+        while home.tasks:
+            yield 5
+            if not self.lease_valid():
+                return
+        for ino in {ino for ino, _ in mount.dirty}:
+            if not (yield mount.flush(ino)):
+                return
+        if not (yield mount.force()):
+            return
+        mount.down = True
+        while not self.world.disk.idle_lower(self.host):
+            yield 5
+        until, lease = keeper.lease_until_ms, keeper.let_go()
+        fuse = self.fuse
+        if fuse is not None:
+            fuse.leave_home()
+        if lease is None or until is None:
+            return
+        for link in home.links.values():
+            self.world.net.lose(link)
+        self.home = self.mount = None
+        self.drop_link()
+        self.takeover.gave_up()
+        self.drive(HandOver(lease, until, 0, self.world.timeouts), self.daemon, lambda action: self.note(action))
+
+
+def adopt(node: Node, record: SlotRecord) -> None:
+    """Begin with this slot held."""
+    node.slot, node.incarnation = record.slot, record.incarnation
+    node.holds(HeldSlot(replace(record), node.clock()))
