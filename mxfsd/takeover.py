@@ -183,12 +183,21 @@ class Succession:
         return self._machine.claimed(held.record.epoch)
 
     def _who(self) -> set[int]:
-        """The nodes to hear before serving: those named, or all that may hold something; never the one just fenced."""
+        """The nodes to hear before serving: those named, or all that may hold something.
+
+        The one just fenced only where its FUSE layer lives, and goes on with its next daemon: it has files open that
+        have no name any more, and what it holds must not be given away meanwhile.
+        """
         daemon = self._daemon
-        gone = {daemon.slot} | ({self._victim.slot} if self._victim is not None else set())
+        victim = self._victim
         report = daemon.heartbeat.report if daemon.heartbeat is not None else None
         views = report.slots.values() if report is not None else ()
         recent = {view.slot: view.incarnation for view in views if view.state in _RECENT}
+        gone = {daemon.slot}
+        for view in views:
+            old = victim is not None and (view.slot, view.incarnation) == (victim.slot, victim.incarnation)
+            if old and view.state is not SlotState.RESTARTING:
+                gone.add(view.slot)
         named = self._members if self._members is not None else set(recent)
         members = {slot: recent[slot] for slot in named - gone if slot in recent}
         assert daemon.members is not None
