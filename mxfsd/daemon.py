@@ -117,6 +117,8 @@ class Daemon:
         self.stopping: asyncio.Future[str] | None = None
         self.failed = False
         """This daemon has to end at once, as in a crash; the FUSE layer waits for the next one."""
+        self.ending = False
+        """It shuts the lower mount down just now, and ends then."""
         self._exclusive_fd = -1
         self._lower: Lower | None = None
         self._disk_away = False
@@ -719,7 +721,8 @@ class Daemon:
     def _on_fuse_frame(self, frame: Frame) -> None:
         if frame.type is FrameType.FREEZE:
             if unpack_json(frame.payload).get("down"):
-                self.fail("the lower file system has shut down")
+                if not self.ending:
+                    self.fail("the lower file system has shut down")
             elif self._lower_left is not None and not self._lower_left.done():
                 self._lower_left.set_result(None)
         elif self.home is not None:
@@ -755,7 +758,10 @@ class Daemon:
         self.fuse.record(NodeStatus(self.slot, NodeState.ACTIVE, self.epoch, self.home_slot, left))
 
     def _on_heartbeat(self, event: HeartbeatEvent) -> None:
-        if event.name in ("slot_lost", "lease_lost", "died"):
+        if event.name == "died":
+            log.error("the heartbeat process is gone", reason=event.reason)
+            self.spawn(reattach.end_without_heartbeat(self, f"{event.name}: {event.reason}"))
+        elif event.name in ("slot_lost", "lease_lost"):
             log.error("this node is out", event_name=event.name, reason=event.reason)
             self._crash_lower()
             self.fail(f"{event.name}: {event.reason}")

@@ -198,10 +198,11 @@ class LowerGuard:
         flushed = threading.Event()
 
         def flush() -> None:
+            was_up = not _is_down(fd)  # XFS shuts itself down too, where its log cannot be written
             with suppress(OSError):  # what counts comes below
                 self._shut(fd, FLUSH)
-            # Nobody else shuts it down meanwhile: if it is down, then by this, so the freeze before it succeeded.
-            if _is_down(fd):
+            # We let nobody else shut it down meanwhile: if it is down now, then the freeze before that succeeded.
+            if was_up and _is_down(fd):
                 flushed.set()
             os.close(fd)
 

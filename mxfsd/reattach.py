@@ -8,6 +8,7 @@ again by itself what somebody unmounted meanwhile.
 import asyncio
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,10 @@ from typing import TYPE_CHECKING, TypeVar
 import structlog
 
 from mxfs_proto.errors import MxfsError, Refusal
+from mxfs_proto.ondisk import SlotState
 from mxfsd import mountinfo, rundir
+from mxfsd.guard import LowerGuard
+from mxfsd.io.clock import now_ms
 
 if TYPE_CHECKING:
     from mxfsd.daemon import Daemon
@@ -67,6 +71,36 @@ async def _heartbeat_ended(daemon: "Daemon") -> None:
             os.kill(before.pid, signal.SIGKILL)
             raise MxfsError("the heartbeat process of the daemon before hangs")
         await asyncio.sleep(_POLL_S)
+
+
+async def end_without_heartbeat(daemon: "Daemon", reason: str) -> None:
+    """The heartbeat process died: do what it would have done if it had outlived the daemon, then end as in a crash."""
+    daemon.ending = True
+    daemon.serving = False  # what would fail while the lower mount goes down is sent again to the next home
+    try:
+        if daemon.home is not None:
+            await asyncio.to_thread(_shut_lower, daemon, daemon.home.lower.mount_fd)
+        await asyncio.to_thread(_say_restarting, daemon)
+    except (MxfsError, OSError) as exc:
+        log.error("ended without a last word", reason=str(exc))
+    daemon.fail(reason)
+
+
+def _shut_lower(daemon: "Daemon", mount_fd: int) -> None:
+    guard = LowerGuard()
+    guard.arm(os.dup(mount_fd))
+    left_ms = daemon._home_lease_until_ms() - daemon.timeouts.fence_margin_ms - now_ms()
+    guard.flush_and_fence(left_ms / 1000)
+    if guard.flushed:
+        # As the heartbeat process would have: it is the one that the FUSE layer knows.
+        shutil.copyfile(daemon.run_dir / rundir.HEARTBEAT, daemon.run_dir / rundir.FLUSHED)
+
+
+def _say_restarting(daemon: "Daemon") -> None:
+    assert daemon.held is not None and daemon.heartbeat is not None
+    until_ms = daemon.heartbeat.last_report_ms + daemon.timeouts.lease_ms
+    if now_ms() < until_ms:  # later the slot may be another's, whose claim this would cover
+        daemon.lockspace.release_slot(daemon.held.record, SlotState.RESTARTING)
 
 
 def check_slot(daemon: "Daemon") -> None:

@@ -15,6 +15,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from mxfsd.lab.state import STOPPED, Paths, updating
+
 NATIVE = os.environ.get("MXFS_TEST_NATIVE") == "1"
 COMMAND_TIMEOUT_S = 120.0
 
@@ -142,6 +144,19 @@ class Lab:
     def move_home(self, name: str) -> None:
         """Move the home to node *name*; returns when it has happened."""
         self._mxfs(["lab", "move-home", str(self.folder), name])
+
+    def crash(self, name: str, process: str) -> None:
+        """SIGKILL one process of a node: daemon, fuse or heartbeat."""
+        self._mxfs(["lab", "crash", str(self.folder), name, "--process", process])
+
+    def start(self, name: str) -> None:
+        """Mount the volume on a node that is stopped or dead."""
+        self._mxfs(["lab", "start", str(self.folder), name])
+
+    def ended(self, name: str) -> None:
+        """Note that a node's mount has ended by itself: it may be started again."""
+        with updating(Paths(self.folder)) as state:
+            next(node for node in state.nodes if node.name == name).state = STOPPED
 
     def execute(self, name: str, *argv: str) -> str:
         """Run a command in the node's network and folder and return what it printed."""
