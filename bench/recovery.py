@@ -81,6 +81,8 @@ class Survivor:
 
     def failed(self) -> str:
         """The error that it saw, or ''."""
+        if not self.lines() and self.process.poll() is not None:
+            return f"it ended with status {self.process.returncode}"
         return next((" ".join(line) for line in self.lines() if line[0] == "ERROR"), "")
 
     def answered_after(self, moment: float) -> float | None:
@@ -136,6 +138,8 @@ class Run:
         """Wait until every program holds its files."""
         for survivor in self.survivors.values():
             wait_for(lambda one=survivor: one.ready() or bool(one.failed()), 300, f"n{survivor.number} holds its files")  # type: ignore[misc]
+            if survivor.failed():
+                raise BenchError(f"n{survivor.number}: {survivor.failed()}")
 
     def death(self) -> dict[str, float]:
         """Kill the home; return the figures once the others go on."""

@@ -42,7 +42,8 @@ def check(found: bytes, number: int) -> None:
 def main() -> None:
     """Hold, then change the name space and write, one operation after the other, until killed."""
     folder, node, nodes, files, log_path = Path(sys.argv[1]), *map(int, sys.argv[2:5]), sys.argv[5]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (1 << 16, 1 << 16))
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     share = range(files * (node - 1) // nodes, files * node // nodes)
 
