@@ -229,7 +229,7 @@ class Daemon:
 
         Where nothing is mounted yet there is nothing to go on with: this is an ordinary end then.
         """
-        self.failed = self.fuse is not None and self.fuse.mounted.done() and not self.fuse.gone.is_set()
+        self.failed = self.fuse is not None and self.fuse.served and not self.fuse.gone.is_set()
         self.stop(reason)
 
     @property
@@ -737,7 +737,11 @@ class Daemon:
             self.client.forward(frame)
 
     def _on_fuse_gone(self, reason: str) -> None:
-        self.stop(reason)
+        assert self.fuse is not None
+        if self.fuse.crashed and self.fuse.served:
+            self.spawn(reattach.bury(self, reason))
+        else:
+            self.stop(reason)
 
     # -- time ------------------------------------------------------------------------------------------------------
 

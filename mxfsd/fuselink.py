@@ -1,7 +1,7 @@
 """The daemon's side of its FUSE layer: starts it, or goes on with the one that an earlier daemon had; speaks with it
 over daemon.sock and netlink.
 
-The FUSE layer outlives the daemon: when the daemon dies, it waits for the next one (mxfs_fuse/reattach.py).
+The FUSE layer outlives the daemon: when the daemon dies, it waits for the next one (mxfs_fuse/main.py).
 """
 
 import asyncio
@@ -67,12 +67,19 @@ class FuseLink:
         self._netlink_ended = False
         self._leaving = False
         self.pid = 0
+        self.crashed = False
+        """It ended without having been unmounted; known when ``gone`` is set."""
         self.adopted = False
         """It was there before this daemon."""
         self.continues = 0
         """The incarnation of this node that the FUSE layer, older than this daemon, belonged to; 0: it is new."""
 
     # -- life ------------------------------------------------------------------------------------------------------
+
+    @property
+    def served(self) -> bool:
+        """Whether it was mounted at some time."""
+        return self.mounted.done() and self.mounted.exception() is None
 
     @property
     def slot(self) -> int:
@@ -135,15 +142,19 @@ class FuseLink:
             loop.remove_reader(fd)
             os.close(fd)
         if self._process is None:  # not a child of ours: its status is not to be had
-            self._gone("the FUSE layer ended")
+            self.crashed = True
+            self._gone("the FUSE layer ended without a word")
             return
         code = self._process.wait()
+        self.crashed = code != 0
         self._gone("unmounted" if code == 0 else f"the FUSE layer ended with status {code}")
 
     def _gone(self, reason: str) -> None:
         if not self.mounted.done():
             self.mounted.set_exception(MxfsError(reason))
             self.mounted.exception()
+        if self.gone.is_set():
+            return
         self.gone.set()
         callback, self._on_gone = self._on_gone, lambda _reason: None
         callback(reason)

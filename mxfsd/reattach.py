@@ -50,7 +50,7 @@ async def start_fuse(daemon: "Daemon", kernel_options: tuple[str, ...]) -> None:
         await daemon.fuse.start(daemon.mountpoint, kernel_options, daemon.device, daemon.options.log)
         return
     if not before.alive:
-        clear_dead_mount(daemon.mountpoint)
+        await asyncio.to_thread(clear_dead_mount, daemon.mountpoint, daemon.device)
         rundir.forget(daemon.run_dir, rundir.FUSE, rundir.DEAD)
         raise NothingToServe("the mount has ended while no daemon ran")
     log.info("going on with a FUSE layer", fuse_pid=before.pid)
@@ -132,10 +132,19 @@ def patiently(work: Callable[[], T], limit_ms: int) -> T:
         time.sleep(_POLL_S)
 
 
-def clear_dead_mount(mountpoint: str) -> bool:
-    """Unmount, lazily, a mount of ours whose FUSE process has ended. Returns whether there was one."""
+async def bury(daemon: "Daemon", reason: str) -> None:
+    """The FUSE layer died: nothing serves this mount any more. Unmount it, and leave when it shows nothing old."""
+    log.error("the FUSE layer died: its mount is dead; mount again", reason=reason, mountpoint=daemon.mountpoint)
+    await asyncio.to_thread(clear_dead_mount, daemon.mountpoint, daemon.device)
+    # Others may change what the kernel has cached here as soon as this node has left.
+    await asyncio.sleep(daemon.timeouts.kernel_cache_ms / 1000)
+    daemon.stop(reason)
+
+
+def clear_dead_mount(mountpoint: str, device: str) -> bool:
+    """Unmount, lazily, a mount of *device* whose FUSE process has ended. Returns whether there was one."""
     mount = mountinfo.at(mountpoint)
-    if mount is None or not mountinfo.is_mxfs(mount):
+    if mount is None or not mountinfo.is_mxfs(mount) or mount.source != device:
         return False
     subprocess.run(
         ["umount", "-i", "-l", mountpoint],

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mxfs_proto.errors import MediaError, MxfsError
-from mxfsd import control, mountinfo, spawn
+from mxfsd import control, mountinfo, rundir, spawn
 from mxfsd.options import MountOptions, parse
 
 USAGE = "usage: mount.mxfs DEVICE|UUID=…|LABEL=… DIR [-sfnvrw] [-N namespace] [-o options] [-t mxfs]"
@@ -213,7 +213,12 @@ def _what_instead(device: str, detail: str) -> str:
 def check_not_running(run_dir: str) -> None:
     """Refuse a volume whose daemon runs on this host (in this run root); clear what a dead one left."""
     sock = os.path.join(run_dir, control.SOCKET_NAME)
-    if not os.path.exists(sock) or not control.answers(sock):
+    fuse = rundir.recall(run_dir, rundir.FUSE)
+    if os.path.exists(sock) and control.answers(sock):
+        who = f"its daemon answers on {sock}"
+    elif fuse is not None and fuse.alive and not os.path.exists(os.path.join(run_dir, rundir.DEAD)):
+        who = f"its FUSE process, pid {fuse.pid}, waits for a daemon: unmount it, or see {run_dir}/daemon.log"
+    else:
         return
     import json
 
@@ -223,7 +228,27 @@ def check_not_running(run_dir: str) -> None:
             where = f" at {json.load(file)['mountpoint']}"
     except (OSError, ValueError, KeyError, TypeError):
         pass  # a record that cannot be read only costs the message a word
-    raise MountError(f"the volume is mounted{where} already (its daemon answers on {sock})")
+    raise MountError(f"the volume is mounted{where} already ({who})")
+
+
+def clear_dead_mount(directory: str, options: MountOptions) -> None:
+    """Unmount, lazily, what a crash left at *directory*: a mount of ours whose FUSE process has ended or given up.
+
+    Nothing below the directory is touched, which might wait for that process. What is not known to be dead stays.
+    """
+    parent, name = os.path.split(os.path.abspath(directory))
+    path = os.path.join(os.path.realpath(parent), name)
+    mount = mountinfo.at(path)
+    if mount is None or not mountinfo.is_mxfs(mount):
+        return
+    try:
+        run_dir = options.run_dir(volume_uuid(mount.source))
+    except MountError:
+        return  # check_directory says what is there
+    fuse = rundir.recall(run_dir, rundir.FUSE)
+    alive = fuse is not None and fuse.alive and not os.path.exists(os.path.join(run_dir, rundir.DEAD))
+    if not alive and not control.answers(os.path.join(run_dir, control.SOCKET_NAME)):
+        _unmount_lazily(path)
 
 
 class _DeviceLock:
@@ -271,6 +296,7 @@ def mount_volume(
     """
     if os.geteuid() != 0:
         raise MountError("only root can mount it (no setuid helper, no user mounts)", EXIT_USAGE)
+    clear_dead_mount(directory, options)
     mountpoint = check_directory(directory)
     device = check_device(resolve(spec))
     options = replace(options, state=os.path.abspath(options.run_root))
@@ -304,6 +330,8 @@ def _prepare_run_dir(run_dir: str) -> frozenset[str]:
     try:
         os.makedirs(os.path.dirname(run_dir), mode=0o755, exist_ok=True)
         os.makedirs(run_dir, mode=0o700, exist_ok=True)
+        # A daemon that finds a FUSE process named there goes on with it.
+        rundir.forget(run_dir, rundir.FUSE, rundir.HEARTBEAT, rundir.DAEMON, rundir.FLUSHED, rundir.DEAD)
         return frozenset(name for name in os.listdir(run_dir) if name.startswith("node-"))
     except OSError as error:
         raise MountError(f"run directory {run_dir}: {error.strerror}", EXIT_SYSTEM) from None
@@ -371,23 +399,28 @@ def _record(mounted: Mounted) -> None:
 def _clear(mountpoint: str, run_dir: str, kept: frozenset[str]) -> None:
     """Remove what a failed mount left: a dead mount of ours, and the run directory but for *kept*."""
     import shutil
-    import subprocess
 
     mount = mountinfo.at(mountpoint)
     if mount is not None and mountinfo.is_mxfs(mount):
-        subprocess.run(
-            ["umount", "-i", "-l", mountpoint],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            check=False,
-            timeout=UMOUNT_S,
-        )
+        _unmount_lazily(mountpoint)
     if not kept:
         shutil.rmtree(run_dir, ignore_errors=True)
         return
     for entry in os.scandir(run_dir):
         if entry.name not in kept:
             os.unlink(entry.path)
+
+
+def _unmount_lazily(mountpoint: str) -> None:
+    import subprocess
+
+    subprocess.run(
+        ["umount", "-i", "-l", mountpoint],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        check=False,
+        timeout=UMOUNT_S,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from mxfsd.daemon import Daemon
     from mxfsd.options import MountOptions
 
 
@@ -76,8 +77,20 @@ async def _serve(args: argparse.Namespace, parsed: object) -> int:
             sys.stderr.flush()
             os._exit(reattach.EXIT_FAILED)
         if daemon is not None:
-            await daemon.shut_down()
+            await _leave(daemon)
     return status
+
+
+async def _leave(daemon: "Daemon") -> None:
+    """Leave in good order, but not for ever: what hangs then ends as in a crash, which the others are made for."""
+    try:
+        await asyncio.wait_for(daemon.shut_down(), daemon.timeouts.lock_wait_ms / 1000)
+    except TimeoutError:
+        import structlog
+
+        structlog.get_logger("mxfsd").error("did not leave in time: ends as in a crash")
+        sys.stderr.flush()
+        os._exit(1)
 
 
 def _run_dir(args: argparse.Namespace, parsed: "MountOptions") -> Path:
