@@ -236,6 +236,9 @@ class Run:
         """End everything; xfs_repair -n must have nothing to say."""
         for survivor in self.survivors.values():
             survivor.end()
+        if keep:
+            for log in (self.lab / ".lab").glob("n*/run/*/daemon.log"):
+                shutil.copy(log, self.folder / f"daemon-{log.relative_to(self.lab / '.lab').parts[0]}.log")
         try:
             lab_command("down", self.lab, *(["--force"] if keep else []))
         finally:
