@@ -24,3 +24,12 @@ def is_dying(tid: int) -> bool:
     except (FileNotFoundError, ProcessLookupError):
         return True
     return False
+
+
+def is_unmounting(tid: int) -> bool:
+    """Whether the caller is umount(8): it looks at the mount before it unmounts (stat, statfs), and must not wait."""
+    try:
+        with open(f"/proc/{tid}/comm", "rb") as file:
+            return file.read().strip() in (b"umount", b"fusermount3", b"fusermount")
+    except (FileNotFoundError, ProcessLookupError):
+        return False

@@ -17,7 +17,7 @@ import pyfuse3
 import structlog
 from pyfuse3 import EntryAttributes, FileHandleT, FileInfo, FUSEError, InodeT, RequestContext, SetattrFields
 
-from mxfs_fuse.callers import caller
+from mxfs_fuse.callers import caller, is_unmounting
 from mxfs_fuse.fileio import FileIO
 from mxfs_fuse.link import OperationError
 from mxfs_fuse.loss import may_be_redone
@@ -81,6 +81,8 @@ class Operations(pyfuse3.Operations):
         self.io = FileIO(state)
         self._dirs: dict[int, DirHandle] = {}
         self._next_dir = 0
+        self._root_attr: Attr | None = None
+        """The root's attributes as they were seen last, for umount(8) while operations wait."""
 
     # -- replies ---------------------------------------------------------------------------------------------------
 
@@ -196,9 +198,13 @@ class Operations(pyfuse3.Operations):
         node = state.node(inode)
         node.confirmed = True
         if state.gate is not None:
+            if node.fid == state.root and self._root_attr is not None and is_unmounting(caller.get()):
+                return self._entry(self._root_attr, 0.0, 0.0)
             await state.pass_gate()
         try:
             attr, held = await self._attr(node)
+            if node.fid == state.root:
+                self._root_attr = attr
         except OSError as exc:
             if exc.errno != errno.ESTALE:
                 raise
@@ -255,14 +261,16 @@ class Operations(pyfuse3.Operations):
     @_errno_boundary
     async def statfs(self, ctx: RequestContext) -> pyfuse3.StatvfsData:
         state = self.state
+        data = pyfuse3.StatvfsData()
         if state.gate is not None:
+            if is_unmounting(caller.get()):
+                return data
             await state.pass_gate()
         values: Sequence[int]
         if state.lower is not None:
             values = state.lower.statfs()
         else:
             _, values = await state.link.ship(Op.STATFS, _ANYBODY, _ANYBODY, ())
-        data = pyfuse3.StatvfsData()
         (
             data.f_bsize,
             data.f_frsize,
