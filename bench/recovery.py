@@ -124,7 +124,9 @@ class Run:
         files = self.lab / "n1" / "files"
         files.mkdir()
         for number in range(options.files):
-            (files / f"f{number:06d}").write_bytes(content(number))
+            with open(files / f"f{number:06d}", "wb", buffering=0) as file:
+                file.write(content(number))
+                os.fsync(file.fileno())
         for number in range(1, NODES + 1):
             self.begin(number)
         self.all_ready()
