@@ -134,9 +134,11 @@ class Succession:
             elif isinstance(effect, Mount):
                 assert self._held is not None
                 await self._daemon.mount_as_home(self._held)
+                log.info("lower mounted", ms=now_ms() - self.began_ms)
                 effects = self._machine.mounted()
             elif isinstance(effect, Settle):
                 await self._daemon.settle_operations()
+                log.info("operations settled", ms=now_ms() - self.began_ms)
                 effects = self._machine.settled(self._who())
             elif isinstance(effect, AwaitReclaims):
                 self._daemon.await_reclaims(effect.nodes)
