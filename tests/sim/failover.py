@@ -59,6 +59,7 @@ class Rules:
     failed_after_shutdown: bool = True
     self_fence: bool = True
     epoch: bool = True
+    grants_by_link: bool = True
     master: Callable[..., Any] = LockMaster
     cache: Callable[..., Any] = LockCache
     sessions: Callable[..., Any] = SessionTable

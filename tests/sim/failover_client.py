@@ -46,7 +46,7 @@ class Fuse:
         )
         assert isinstance(self.cache, LockCache)
         self.lease = ClientLease(world.timeouts.lease_ms, MARGIN_MS)
-        self.epoch = 0
+        self.epoch = self.replayed = 0
         self.link: Link | None = None
         self.served = False
         self.home_here = False
@@ -62,7 +62,7 @@ class Fuse:
         self.pins: set[tuple[int, int]] = set()
         self.busy: dict[int, str] = {}
         self.excused: set[int] = set()
-        self.dropped = False
+        self.writing: set[int] = set()
 
     def opens_of(self, ino: int) -> tuple[int, int]:
         return (self.counts[ino], 0) if ino in self.counts else (0, 0)
@@ -109,21 +109,27 @@ class Fuse:
             self.cache.new_epoch(first_seq(epoch))
         self.check_lease()
         here = link.client == link.home
-        if moved and self.rules.replay:
+        for seq in [seq for seq, (_, _, op) in self.pending.items() if op[0] == "replay"]:
+            del self.pending[seq]  # of a resumption that was broken off: too late, they would undo what comes now
+        if self.replayed != epoch and self.rules.replay:
+            # One after the other: the home keeps no order among operations that are under way together.
             for ino, index, op in list(self.order):
-                self.ship(0, ("replay", ino, index, op))
+                answered = self.ship(0, ("replay", ino, index, op))
+                while not answered.done:
+                    yield 1
+                    if link is not self.link or link.broken:
+                        return
         for ino in [ino for ino, kept in self.kept.items() if kept]:
             # Without the lock nothing protects the data once the home serves; and a home keeps nothing.
             if here or not covers(self.cache.data_mode(ino), PW):
                 self.world.engine.spawn(self.commit(ino), self.fuse_proc)
-        while any(op[0] == "replay" for _, _, op in self.pending.values()) or any(
-            kept and (here or not covers(self.cache.data_mode(ino), PW)) for ino, kept in self.kept.items()
-        ):
+        while any(kept and (here or not covers(self.cache.data_mode(ino), PW)) for ino, kept in self.kept.items()):
             yield 3
             if link is not self.link or link.broken:
                 return
         if link is not self.link:
             return
+        self.replayed = epoch
         held = list(self.cache.held())
         for ino, mode, _, opens in held:
             self.send("reclaim", ino, mode, opens)
@@ -151,7 +157,6 @@ class Fuse:
             self.unpin(ino, pin)
         for ino in list(self.changes):
             self.changes[ino] += 1
-        self.dropped = True
 
     def tick(self) -> None:
         self.check_lease()
@@ -208,8 +213,8 @@ class Fuse:
         if self.rules.commit_on_release and not covers(target, PW):
             if self.home_here and self.node.home is not None:
                 mount = self.node.home.mount
-                if not (yield from (mount.fsync(ino) if ino != DIR else _wait(mount.force()))):
-                    return
+                # Where that fails the mount is down, and with it all that was held.
+                yield from (mount.fsync(ino) if ino != DIR else _wait(mount.force()))
             elif self.kept.get(ino):
                 yield from self.commit(ino)
         if not covers(target, PR):
@@ -456,7 +461,24 @@ class Fuse:
         if reply[0] == "data":
             self.world.ledger.saw(self, floors, {(ino, index): op for index, op in enumerate(reply[1:])})
 
+    def exclusive(self, ino: int, work: Steps) -> Steps:
+        """Run this with the inode locked, as the kernel does for whatever changes a file."""
+        while ino in self.writing:
+            yield 2
+        self.writing.add(ino)
+        yield from work
+        self.writing.discard(ino)
+
     def write(self, files: list[int], ino: int) -> Steps:
+        yield from self.exclusive(ino, self.write_cell(ino))
+
+    def append(self, files: list[int], ino: int) -> Steps:
+        yield from self.exclusive(ino, self.append_cell(ino))
+
+    def truncate(self, files: list[int], ino: int) -> Steps:
+        yield from self.exclusive(ino, self.cut(ino))
+
+    def write_cell(self, ino: int) -> Steps:
         """Write a cell: under EX, to be kept until it is committed, or without, durable when it is answered."""
         rng, ledger = self.world.engine.rng, self.world.ledger
         index, number = rng.randrange(CELLS), self.world.new_op()
@@ -474,9 +496,12 @@ class Fuse:
                     ledger.done(self, number, [(ino, index)], False)
                 return
         pin = self.pin(ino) if covers(self.cache.data_mode(ino), PW) else None
+        if pin is None:
+            # It will not be kept, and what is would undo it.
+            yield from self.before_setattr(ino)
         self.changes[ino] += 1
         self.changing[ino] += 1
-        (reply, *_), _ = yield self.ship(number, ("write", ino, index, not cached))
+        (reply, *_), _ = yield self.ship(number, ("write", ino, index, pin is None))
         self.changes[ino] += 1
         self.changing[ino] -= 1
         self.kernel.pop(ino, None)
@@ -490,14 +515,14 @@ class Fuse:
         if pin is not None:
             self.unpin(*pin)
 
-    def append(self, files: list[int], ino: int) -> Steps:
+    def append_cell(self, ino: int) -> Steps:
         yield from self.before_setattr(ino)
         number, reply, durable = yield from self.change("append", ino)
         self.must_exist(ino, reply)
         if reply[0] == "done":
             self.world.ledger.done(self, number, [(ino, reply[1])], durable, once=True)
 
-    def truncate(self, files: list[int], ino: int) -> Steps:
+    def cut(self, ino: int) -> Steps:
         yield from self.before_setattr(ino)
         size = self.world.engine.rng.randrange(CELLS)
         number, reply, durable = yield from self.change("truncate", ino, size)

@@ -93,7 +93,7 @@ class Disk:
         command = Command(host, host.key, land, done, lower, engine.now)
         self.under_way.append(command)
         length = min(self.latency(host), limit - 1)
-        if engine.rng.random() < self.world.late:
+        if engine.rng.random() < self.world.late * (1.0 if lower else 0.1):
             length = engine.rng.randrange(limit // 2, limit)
         engine.at(engine.rng.randint(0, length), self._land, command)
         life = proc.life if proc is not None else 0
@@ -368,7 +368,7 @@ class Mount:
             if self.down:
                 return
             if not ok:
-                self.shut_down("log write failed")
+                self.fail("log write failed")
                 return
             del self.pending[:count]
             self.durable_lsn += count
@@ -403,7 +403,7 @@ class Mount:
                 future.set(False)
                 return
             if not ok:
-                self.shut_down("data write failed")
+                self.fail("data write failed")
                 future.set(False)
                 return
             for key, value in part.items():
@@ -436,6 +436,12 @@ class Mount:
             self._log(rng.randint(0, len(self.pending)))
         if self.dirty and rng.random() < 0.5:
             self.flush(rng.choice([ino for ino, _ in self.dirty]), rng.randint(1, CELLS))
+
+    def fail(self, why: str) -> None:
+        """XFS does not survive an I/O error."""
+        self.shut_down(why)
+        node = self.world.nodes[self.host.number]
+        self.world.engine.at(5, node.lower_failed, self, proc=node.heart)
 
     def shut_down(self, why: str) -> None:
         """GOINGDOWN without a log flush, or an error that XFS does not survive: nothing more is written."""

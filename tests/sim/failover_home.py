@@ -31,6 +31,7 @@ from mxfsd.core.membership import (
     Thaw,
 )
 from mxfsd.core.sessions import Replay, SessionTable, Verdict
+from mxfsd.core.takeover import TakeoverState
 from mxfsd.core.watch import Snapshot
 
 if TYPE_CHECKING:
@@ -79,12 +80,13 @@ class Home:
     def recover(self) -> Steps:
         """Settle the last intent, read the outcomes, make that durable. Return whether it worked."""
         meta, rules = self.mount.meta, self.rules
-        intent = meta.get(("intent",))
-        if intent is not None and rules.settle:
-            session, seq, op, before = intent
-            if ("out", session, seq) not in meta and happened(self.mount, op, before):
-                reply = reply_of(self.mount, op, before)
-                self.mount.txn((("out", session, seq), pickle.dumps((reply, ()))))
+        for key in [key for key in meta if key[0] == "intent" and rules.settle]:
+            op, before = meta[key]
+            out = ("out", *key[1:])
+            if out not in meta and happened(self.mount, op, before):
+                self.mount.txn((out, pickle.dumps((reply_of(self.mount, op, before), ()))), (key, None))
+            else:
+                self.mount.txn((key, None))
         if rules.settle:
             for key, reply in list(meta.items()):
                 if key[0] == "out":
@@ -210,7 +212,8 @@ class Home:
 
     def on_hello(self, link: Link, fuse: Any, incarnation: int, continues: int, slot: int) -> None:
         """A client's daemon connected."""
-        if self.over or self.frozen or not self.may_act():
+        ready = self.node.takeover.state in (TakeoverState.GRACE, TakeoverState.SERVING)
+        if self.over or self.frozen or not ready or not self.may_act():
             self.world.net.lose(link)
             return
         client = self.world.nodes[link.client]
@@ -218,7 +221,9 @@ class Home:
             self.world.net.send(link, self.node.number, "lock", client.daemon, client.refused, incarnation)
             return
         old = self.links.get(slot)
-        if old is not None and old is not link:
+        if old is link:
+            return
+        if old is not None:
             self.world.net.lose(old)
         if slot != self.me:
             effects = self.membership.on_connected(self.node.clock(), slot, incarnation, continues)
@@ -299,13 +304,15 @@ class Home:
             return
         verdict = self.sessions.begin(session, seq, ack)
         if isinstance(verdict, Replay):
-            self.reply(slot, session, seq, pickle.loads(verdict.reply))
+            self.reply(link, slot, session, seq, pickle.loads(verdict.reply))
         elif verdict is Verdict.NEW:
             self.tasks += 1
-            self.world.engine.spawn(self.execute(slot, session, seq, ack, number, op, opens), self.node.daemon)
+            self.world.engine.spawn(self.execute(link, slot, session, seq, ack, number, op, opens), self.node.daemon)
 
-    def reply(self, slot: int, session: int, seq: int, reply: Any) -> None:
+    def reply(self, asked: Link, slot: int, session: int, seq: int, reply: Any) -> None:
         link = self.links.get(slot)
+        if link is not asked and self.rules.grants_by_link:
+            reply = (reply[0], ())  # over another connection the node has said, or says now, what it holds
         client = self.world.client_of(link) if link is not None else None
         if link is not None and client is not None and self.may_act() and client.serial == session:
             self.world.net.send(
@@ -331,7 +338,15 @@ class Home:
         return True
 
     def execute(
-        self, slot: int, session: int, seq: int, ack: int, number: int, op: tuple[Any, ...], opens: frozenset[int]
+        self,
+        link: Link,
+        slot: int,
+        session: int,
+        seq: int,
+        ack: int,
+        number: int,
+        op: tuple[Any, ...],
+        opens: frozenset[int],
     ) -> Steps:
         """Run an operation under its locks, and answer it. *opens*: what the asking node has open."""
         held: list[tuple[int, int]] = []
@@ -357,7 +372,7 @@ class Home:
         if reply is not None:
             answer = (reply, tuple(grants))
             self.sessions.done(session, seq, pickle.dumps(answer), repeatable=op[0] not in (*ONCE, "write"))
-            self.reply(slot, session, seq, answer)
+            self.reply(link, slot, session, seq, answer)
 
     def perform(
         self, slot: int, session: int, seq: int, ack: int, number: int, what: tuple[Any, Any], grants: list[Any]
@@ -408,7 +423,7 @@ class Home:
         if changes or appends:
             ledger.applies(mount.meta, number)
             if rules.intent:
-                mount.txn((("intent",), (session, seq, op, before)), *acked)
+                mount.txn((("intent", session, seq), (op, before)), *acked)
         if changes:
             mount.txn(*changes, (("did", number), True))
             ledger.executed(number, registers_of(changes), session)
@@ -421,7 +436,7 @@ class Home:
             if not (yield mount.flush(op[1])):
                 return None
         if rules.outcome:
-            mount.txn((("out", session, seq), pickle.dumps((reply, ()))))
+            mount.txn((("out", session, seq), pickle.dumps((reply, ()))), (("intent", session, seq), None))
         return reply
 
     # -- open files --------------------------------------------------------------------------------------------

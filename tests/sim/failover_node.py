@@ -48,10 +48,6 @@ from mxfsd.core.watch import Snapshot, Watch
 if TYPE_CHECKING:
     from failover import World
 
-FENCE_MARGIN_MS = 60
-"""The heartbeat process shuts the lower file system down this long before the lease ends."""
-
-
 class Node:
     """A machine."""
 
@@ -78,7 +74,7 @@ class Node:
         self.heard_ms = 0
         self.fuse: Fuse | None = None
         self.evicted: set[tuple[int, int]] = set()
-        self.guard = 0
+        self.known: dict[int, SlotRecord] = {}
         self.target_generation = 0
 
     def procs(self) -> tuple[Proc, ...]:
@@ -120,7 +116,9 @@ class Node:
                     done(action)
 
         def read(snap: Snapshot | None) -> None:
-            if snap is None:
+            if snap is None and disk.refuses(self.host.key):
+                done(Refused("the reservation shuts this node out", 0))
+            elif snap is None:
                 disk.read(self.host, proc, self.clock, read)
             else:
                 go(claim.on_read(snap))
@@ -193,6 +191,7 @@ class Node:
                 self.world.engine.at(self.world.timeouts.heartbeat_ms // 4, self.beat, proc=self.heart)
                 return
             self.watch.observe(snap)
+            self.known |= {record.slot: record for record in snap.slots if record is not None}
             self.perform(keeper, keeper.on_read(snap), snap)
 
         self.world.disk.read(self.host, self.heart, self.clock, read)
@@ -256,28 +255,34 @@ class Node:
 
     def guard_lease(self) -> None:
         """Look again shortly before the lease would end."""
-        until = self.keeper.lease_until_ms if self.keeper is not None else None
-        if until is not None:
-            self.world.engine.at(until - FENCE_MARGIN_MS - self.clock(), self.check_lease, until, proc=self.heart)
+        at = self.keeper.fence_at_ms if self.keeper is not None else None
+        if at is not None:
+            self.world.engine.at(at - self.clock(), self.check_lease, at, proc=self.heart)
 
-    def check_lease(self, until: int) -> None:
+    def check_lease(self, at: int) -> None:
         keeper = self.keeper
-        if keeper is None or keeper.lease is None or keeper.lease_until_ms != until:
+        if keeper is None or keeper.lease is None or keeper.fence_at_ms != at:
             return
-        if self.clock() >= until - FENCE_MARGIN_MS:
+        if keeper.overdue(self.clock()):
             self.self_fence("not renewed in time")
             keeper.let_go()
             self.restart_daemon(own=True)
 
     def self_fence(self, why: str) -> None:
         """GOINGDOWN without a log flush."""
-        if self.mount is not None and self.rules.self_fence:
+        if self.mount is not None and not self.mount.down and self.rules.self_fence:
             self.mount.shut_down(why)
             self.local_loss()
 
+    def lower_failed(self, mount: Mount) -> None:
+        """The lower file system shut itself down: this daemon cannot be the home any more."""
+        if self.mount is mount and self.home is not None and not self.home.over:
+            self.local_loss()
+            self.restart_daemon(own=True)
+
     def local_loss(self) -> None:
         """What was written here and not synced is gone with the lower mount."""
-        if self.fuse is not None and self.fuse.home_here:
+        if self.fuse is not None:
             self.world.ledger.lost(self.fuse.serial)
             self.fuse.excused |= {ino for ino, count in self.fuse.counts.items() if count}
 
@@ -332,7 +337,7 @@ class Node:
             while not flushed.done and self.lease_valid():
                 yield 10
             if not flushed.done:
-                self.local_loss_of(mount)
+                self.local_loss()
         if mount is not None:
             mount.shut_down("its daemon ended")
             while not self.world.disk.idle_lower(self.host):
@@ -346,14 +351,9 @@ class Node:
         if (yield mount.force()):
             flushed.set(True)
 
-    def local_loss_of(self, mount: Mount) -> None:
-        if self.fuse is not None:
-            self.world.ledger.lost(self.fuse.serial)
-            self.fuse.excused |= {ino for ino, count in self.fuse.counts.items() if count}
-
     def _gasp(self, keeper: Keeper | None) -> Steps:
         """The last record of this claim, if the slot is ours for sure; then the next daemon."""
-        if keeper is not None and self.clock() < keeper.slot_until_ms - FENCE_MARGIN_MS:
+        if keeper is not None and self.clock() < keeper.slot_until_ms - self.world.timeouts.fence_margin_ms:
             state = SlotState.RESTARTING if self.fuse is not None else SlotState.FAILED
             written = Future()
             self.world.disk.put(self.host, self.heart, keeper.last(state), written.set)
@@ -392,7 +392,7 @@ class Node:
         if self.fuse is not None and self.keeper is not None:
             self.note("FUSE server crashes")
             if self.mount is not None:
-                self.local_loss_of(self.mount)
+                self.local_loss()
             self.end_fuse()
             self.restart_daemon(own=False)
 
@@ -401,7 +401,6 @@ class Node:
         if self.keeper is not None and self.heart.alive:
             self.note("heartbeat process crashes")
             self.self_fence("the heartbeat process died")
-            self.local_loss()
             keep, self.continues = self.mount, (self.incarnation if self.fuse is not None else 0)
             self.end_role()
             self.mount = keep if not self.rules.self_fence else None
@@ -519,7 +518,8 @@ class Node:
             return Verdict.ALIVE, None
         if lease.state is LeaseState.FREE or (lease.state is LeaseState.MOVING and lease.target_slot == self.slot):
             return Verdict.NONE, None
-        owner = snap.slot(lease.owner_slot)
+        # A record that cannot be read says what it said last: its owner may have died while it wrote.
+        owner = snap.slot(lease.owner_slot) or self.known.get(lease.owner_slot)
         silent = self.watch.age_ms(0) >= dead and self.watch.age_ms(lease.owner_slot) >= dead
         same = owner is not None and (owner.node_uuid, owner.incarnation) == (lease.owner_uuid, lease.incarnation)
         key = owner.pr_key if owner is not None and same else 0
@@ -574,11 +574,13 @@ class Node:
     def claim_lease(self, victim: Victim | None) -> None:
         snap, keeper = self.snap, self.keeper
         assert keeper is not None
-        evidence = None
+        evidence, wait_ms = None, 0
         if victim is not None and snap is not None and snap.lease is not None and victim.verdict is Verdict.SILENT:
             slot = snap.slot(victim.slot)
             if slot is not None:
                 evidence = Evidence(victim.slot, victim.incarnation, slot.counter, snap.lease.sequence)
+            else:
+                wait_ms = self.world.timeouts.node_dead_ms + 4 * self.world.timeouts.heartbeat_ms
 
         def done(action: Any) -> None:
             if not isinstance(action, HeldLease) or keeper is not self.keeper:
@@ -591,7 +593,8 @@ class Node:
             self.guard_lease()
             self.go(self.takeover.claimed(action.record.epoch))
 
-        self.drive(LeaseClaim(keeper.record, self.world.timeouts, self.nonce, evidence=evidence), self.daemon, done)
+        claim = LeaseClaim(keeper.record, self.world.timeouts, self.nonce, evidence=evidence, wait_ms=wait_ms)
+        self.drive(claim, self.daemon, done)
 
     def mount_lower(self, epoch: int) -> Steps:
         yield self.world.engine.rng.randint(5, 30)
@@ -619,9 +622,9 @@ class Node:
         if not (yield from home.recover()):
             return
         members = set()
-        snap = self.snap
-        for record in snap.slots if snap is not None else ():
-            if record is not None and record.slot != self.slot and self.may_hold(record):
+        # What cannot be read just now says what it said last: its owner may be alive and hold locks.
+        for record in self.known.values():
+            if record.slot != self.slot and self.may_hold(record):
                 home.membership.expect(self.clock(), record.slot, record.incarnation)
                 members.add(record.slot)
         members.add(self.slot)
@@ -684,6 +687,8 @@ class Node:
 
     def _step_down(self, home: Home, keeper: Keeper) -> Steps:
         mount = home.mount
+        for future in list(home.ops.values()):
+            future.set(False)  # what waits for locks of those that are cut off waits for the next home
         while home.tasks:
             yield 5
             if not self.lease_valid():
