@@ -149,6 +149,9 @@ class BlockNexus:
         """See ``Nexus``: the block layer has none."""
         raise NotOffered(f"{self.name}: no reset of a logical unit through the block layer")
 
+    def spare(self) -> None:
+        """See ``Nexus``: the kernel has one for this device."""
+
     # --- reading ----------------------------------------------------------------------------------------------
 
     def read_keys(self) -> Keys:

@@ -68,5 +68,11 @@ class ForeignReservation(ReservationError):
     errno = errno.EBUSY
 
 
+class DamagedReservation(ReservationError):
+    """The target shows a reservation of a type that does not exist, and it cannot be put right from here."""
+
+    errno = errno.EBADE
+
+
 class Unconfirmed(ReservationError):
     """A fence could not be confirmed. The victim must be taken for alive."""

@@ -334,6 +334,10 @@ class Iscsi:
             session.drop()
             raise
 
+    def spare(self) -> "Iscsi":
+        """See ``Transport``: a session of its own, so under another ISID."""
+        return Iscsi(self.name, initiator=self._initiator, timeout_ms=self._timeout_ms)
+
     def close(self) -> None:
         """Log out; more than once is allowed."""
         session, self._session = self._session, None
@@ -354,7 +358,7 @@ class Iscsi:
         return self._run(read16(block, count), alloc_in=count * self.block_bytes)
 
     def write(self, block: int, data: bytes) -> None:
-        """Write whole blocks durably (FUA)."""
+        """Write whole blocks; they may still be in the write cache of the disk."""
         self._run(write16(block, self._blocks(data)), data)
 
     def compare_and_write(self, block: int, expected: bytes, data: bytes) -> None:

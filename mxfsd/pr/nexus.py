@@ -1,6 +1,6 @@
 """What ``reservations`` needs of one path to the disk (one I_T nexus, in SCSI's words), whatever carries it."""
 
-from typing import Protocol
+from typing import Protocol, Self
 
 from mxfsd.pr.spc import Capabilities, FullStatus, Held, Keys
 
@@ -51,6 +51,10 @@ class Nexus(Protocol):
 
     def lun_reset(self) -> None:
         """End every command on the disk, of all initiators."""
+        ...
+
+    def spare(self) -> Self | None:
+        """Open one more path of this host to the same disk, which is not registered; None where that cannot be."""
         ...
 
     def close(self) -> None:

@@ -7,13 +7,17 @@ incarnation of a node, registered on every path; a command that changes somethin
 what counts is what READ KEYS and READ RESERVATION say afterwards.
 """
 
-from collections.abc import Callable, Sequence
+import secrets
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from enum import Enum
 from typing import TypeVar
 
 from mxfs_proto.errors import MisuseError
 from mxfsd.pr.errors import (
     CheckCondition,
+    DamagedReservation,
     ForeignReservation,
     NotOffered,
     PathFailure,
@@ -24,13 +28,18 @@ from mxfsd.pr.errors import (
     StaleRegistration,
     Unconfirmed,
 )
-from mxfsd.pr.keys import key_text
+from mxfsd.pr.keys import PREFIX, RANDOM_BITS, key_text
 from mxfsd.pr.nexus import Nexus
 from mxfsd.pr.spc import MAX_KEY, Capabilities, FullStatus, Held, Keys
 
 _T = TypeVar("_T")
 _TRIES = 3
 """How often a sequence that another node's command crossed, or whose answer was lost, begins again."""
+_REPAIR_S = 2.0
+"""How long a damaged reservation is left to the node whose key it shows: it has just registered, and repairs it."""
+_GLANCE_S = 0.2
+"""How long ``check`` looks again at a damaged reservation: mostly somebody is just repairing it."""
+_PAUSE_S = 0.02
 
 
 class Standing(Enum):
@@ -59,8 +68,8 @@ class Reservations:
     would change something raises Preempted again.
     """
 
-    def __init__(self, device: str, paths: Sequence[Nexus]) -> None:
-        """Use the open *paths* (one or more) to the one disk *device*."""
+    def __init__(self, device: str, paths: Sequence[Nexus], *, sleep: Callable[[float], None] = time.sleep) -> None:
+        """Use the open *paths* (one or more) to the one disk *device*; *sleep* takes seconds."""
         if not paths:
             raise MisuseError(f"{device}: no path")
         self.device = device
@@ -76,6 +85,7 @@ class Reservations:
         self._fenced: set[int] = set()
         self._generation = 0
         self._live = 0
+        self._sleep = sleep
 
     # --- joining and leaving ----------------------------------------------------------------------------------
 
@@ -180,21 +190,104 @@ class Reservations:
                 return
 
     def reserve(self) -> None:
-        """Make sure that the disk has our reservation. Raises ForeignReservation for one of another type."""
+        """Make sure that the disk has our reservation, and put a damaged one right.
+
+        Raises ForeignReservation for one of another type, DamagedReservation.
+        """
         self._must_be_registered()
+        repaired = False
         for attempt in range(_TRIES):
             if self._our_reservation():
                 break
             try:
-                self._any(lambda path: path.reserve(self.key))
+                held = self.read_reservation()
+                if held is None:
+                    self._any(lambda path: path.reserve(self.key))
+                elif not held.ours:
+                    repaired = True
+                    self._repair(held)
             except (ReservationConflict, PathFailure):
-                # Another node reserved meanwhile, or the answer was lost, or we were preempted.
+                # Another node reserved or repaired meanwhile, or the answer was lost, or we were preempted.
                 self._own_keys()
                 if attempt + 1 == _TRIES:
                     raise
         if not self._our_reservation():
             raise ReservationLost(f"{self.device}: the target accepted the reservation but does not show it")
         self._own_keys()
+        if repaired:
+            for path in self.paths:  # a PREEMPT of our own key spares only the path that it takes
+                self._register_path(path, replace=False)
+
+    # --- a target that loses track of its reservation --------------------------------------------------------
+
+    # tgt keeps the reservation with one of the registrants, and when that one is preempted it goes on using the memory
+    # which it has freed. The next registration, or anything else, may get that memory: then READ RESERVATION shows a
+    # type that does not exist. tgt goes on to refuse those who are not registered, but nobody should build on that.
+    # A PREEMPT of the key that it shows takes such a reservation over as one of type 8, with no moment in between in
+    # which there is none (RELEASE and CLEAR would have one). So do we.
+
+    def _repair(self, held: Held) -> None:
+        """Make the damaged reservation *held* ours. Raises DamagedReservation, ReservationConflict: look again."""
+        found = self._await_repair(held)
+        if found is None or found.ours:
+            return
+        key = found.key
+        if key == 0:  # with that, PREEMPT would remove all others
+            raise DamagedReservation(f"{self.device}: the target shows a reservation of type {found.type} without key")
+        if key in self._own_keys().keys:
+            self._any(lambda path: path.preempt(self.key, key, abort=False))
+        else:
+            with self._spare_key(key) as spare:
+                if spare is None:
+                    raise DamagedReservation(
+                        f"{self.device}: the target shows a reservation of type {found.type} whose holder "
+                        f"{key_text(key)} is not registered: unmount everywhere and restart the target"
+                    )
+                self._any(lambda path: path.preempt(self.key, key, abort=False))
+
+    def _await_repair(self, held: Held) -> Held | None:
+        """Where another node's key is shown, give it time; return the reservation as it is then."""
+        found: Held | None = held
+        for _ in range(int(_REPAIR_S / _PAUSE_S)):
+            if found is None or found.ours or found.key == self.key or found.key not in self._own_keys().keys:
+                break
+            self._sleep(_PAUSE_S)
+            found = self.read_reservation()
+        return found
+
+    def _anchor(self) -> None:
+        """After a plain PREEMPT, have such a target keep the reservation with a registrant that is there.
+
+        When a registration is taken back, tgt hands the reservation on to one of the others. It is not our own that we
+        take back for that, but one more. What fails here shows in the look at the reservation that follows.
+        """
+        key = PREFIX << 48 | secrets.randbits(RANDOM_BITS)
+        with suppress(PathFailure, ReservationConflict, DamagedReservation), self._spare_key(key) as spare:
+            if spare is None:
+                return
+            held = spare.read_reservation()
+            if held is not None and not held.ours and held.key == key:
+                self._any(lambda path: path.preempt(self.key, key, abort=False))
+
+    @contextmanager
+    def _spare_key(self, key: int) -> Iterator[Nexus | None]:
+        """Have *key* registered over a path of its own for the length of a with block; None where there is none."""
+        spare = self._any(lambda path: path.spare())
+        if spare is None:
+            yield None
+            return
+        try:
+            spare.register(0, key, aptpl=False)
+            yield spare
+        finally:
+            try:
+                # Not while the reservation hangs on it: that would end the reservation.
+                held = spare.read_reservation()
+                if held is None or held.ours or held.key != key:
+                    with suppress(ReservationConflict):
+                        spare.register(key, 0, aptpl=False)
+            finally:
+                spare.close()
 
     # --- fencing ----------------------------------------------------------------------------------------------
 
@@ -245,6 +338,7 @@ class Reservations:
             raise Unconfirmed(
                 f"{self.device}: {key_text(victim)} is shut out, but its commands cannot be aborted"
             ) from (error)
+        self._anchor()
 
     def _preempt_on(self, path: Nexus, victim: int, *, abort: bool) -> None:
         try:
@@ -269,7 +363,7 @@ class Reservations:
         """
         self._must_be_registered()
         keys = self._read_keys()
-        held = self._any(lambda path: path.read_reservation())
+        held = self._glance()
         restarted = keys.generation < self._generation
         self.returned = frozenset(self._fenced.intersection(keys.keys))
         if self.key not in keys.keys:
@@ -279,6 +373,14 @@ class Reservations:
             return Standing.PREEMPTED
         self._generation = keys.generation
         return Standing.OK if held is not None and held.ours else Standing.LOST
+
+    def _glance(self) -> Held | None:
+        for _ in range(int(_GLANCE_S / _PAUSE_S)):
+            held = self.read_reservation()
+            if held is None or held.known:
+                return held
+            self._sleep(_PAUSE_S)
+        return self.read_reservation()
 
     def reestablish(self, still_ours: Callable[[], bool]) -> None:
         """After LOST, with all I/O frozen: register the same key again, and reserve.
@@ -400,9 +502,10 @@ class Reservations:
         raise ReservationLost(f"{self.device}: our registration is gone: the target has restarted")
 
     def _our_reservation(self) -> bool:
+        """Whether ours is there; a damaged one does not count. Raises ForeignReservation."""
         held = self.read_reservation()
-        if held is not None and not held.ours:
+        if held is not None and not held.ours and held.known and held.key != self.key:
             raise ForeignReservation(
                 f"{self.device} has a reservation of type {held.type} that is not of MXFS; its owner must release it"
             )
-        return held is not None
+        return held is not None and held.ours

@@ -6,7 +6,7 @@ tried again: what the target has not executed (unit attention, busy, task set fu
 
 import time
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import Protocol, Self, TypeVar
 
 from mxfsd.pr.errors import BadReply, CheckCondition, NotOffered, PathFailure, ReservationConflict
 from mxfsd.pr.sense import SenseKey, decode_sense
@@ -51,6 +51,10 @@ class Transport(Protocol):
 
     def lun_reset(self) -> None:
         """LOGICAL UNIT RESET (SAM-5 7.6); return when the target has done it. Raises PathFailure, NotOffered."""
+        ...
+
+    def spare(self) -> "Transport | None":
+        """Open another I_T nexus to the same unit; None where this transport cannot. Raises PathFailure."""
         ...
 
     def close(self) -> None:
@@ -167,6 +171,11 @@ class ScsiNexus:
     def lun_reset(self) -> None:
         """See ``Nexus``."""
         self.transport.lun_reset()
+
+    def spare(self) -> Self | None:
+        """See ``Nexus``."""
+        transport = self.transport.spare()
+        return None if transport is None else type(self)(transport, sleep=self._sleep)
 
     def close(self) -> None:
         """See ``Nexus``."""

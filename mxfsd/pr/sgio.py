@@ -100,6 +100,9 @@ class SgIo:
         """See ``Transport``."""
         self._call(SG_SCSI_RESET, bytearray(struct.pack("=i", RESET_DEVICE_NO_ESCALATE)), "LOGICAL UNIT RESET")
 
+    def spare(self) -> None:
+        """See ``Transport``: the kernel has one nexus for this device."""
+
     def close(self) -> None:
         """Close the device; more than once is allowed."""
         if self._fd >= 0:

@@ -157,15 +157,15 @@ def read16(block: int, count: int) -> bytes:
 
 
 def write16(block: int, count: int) -> bytes:
-    """Return WRITE (16) with FUA: durable when answered."""
-    return _RW16.pack(0x8A, 0x08, block, count, 0)
+    """Return WRITE (16), without FUA: a disk that does not support it refuses such a command."""
+    return _RW16.pack(0x8A, 0, block, count, 0)
 
 
 def compare_and_write(block: int, count: int) -> bytes:
     """Return COMPARE AND WRITE of *count* blocks (1..255); the data is what must be there, then what to write."""
     if not 0 < count < 256:
         raise MisuseError(f"COMPARE AND WRITE of {count} blocks")
-    return _CAW.pack(0x89, 0x08, block, count, 0)
+    return _CAW.pack(0x89, 0, block, count, 0)
 
 
 # --- parameter data of PERSISTENT RESERVE IN --------------------------------------------------------------------
@@ -231,6 +231,11 @@ class Held:
     def ours(self) -> bool:
         """Return whether it is the type that MXFS uses."""
         return self.type == OUR_TYPE
+
+    @property
+    def known(self) -> bool:
+        """Return whether it is a type that SPC-4 has; another one is no reservation but damage in the target."""
+        return self.type in _TYPE_BIT
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,8 +63,8 @@ def test_values_that_do_not_fit(bad: PrOut) -> None:
 
 def test_block_commands() -> None:
     assert spc.read16(0x0102030405060708, 3) == bytes.fromhex("88 00 0102030405060708 00000003 00 00")
-    assert spc.write16(5, 1) == bytes.fromhex("8a 08 0000000000000005 00000001 00 00")
-    assert spc.compare_and_write(5, 2) == bytes.fromhex("89 08 0000000000000005 000000 02 00 00")
+    assert spc.write16(5, 1) == bytes.fromhex("8a 00 0000000000000005 00000001 00 00")
+    assert spc.compare_and_write(5, 2) == bytes.fromhex("89 00 0000000000000005 000000 02 00 00")
     assert spc.read_capacity16() == bytes.fromhex("9e 10 0000000000000000 00000020 00 00")
     assert spc.decode_capacity16(bytes.fromhex("0000000000007fff 00000200") + bytes(20)) == (0x8000, 512)
     for data in (bytes(31), bytes(32), bytes.fromhex("0000000000007fff 00000201") + bytes(20)):
