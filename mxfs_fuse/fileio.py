@@ -5,31 +5,24 @@ needs a lock of its own. A direct one needs none: each access runs at the home u
 """
 
 import asyncio
-import errno
-import functools
 import itertools
 import os
-from typing import Any
 
 from pyfuse3 import FileHandleT, FileInfo
 
 from mxfs_fuse.locks import PAGE
 from mxfs_fuse.nodes import Handle, Node
 from mxfs_fuse.state import State
+from mxfs_fuse.writes import ShippedWrites
 from mxfs_proto.lockflags import LockFlag
 from mxfs_proto.modes import LockMode
-from mxfs_proto.ops import Fid, Op, WriteFlag, pack_writes
+from mxfs_proto.ops import Op
 from mxfsd.io.lower import kill_priv
 
 _PR = LockMode.PR
 _PW = LockMode.PW
 _EX = LockMode.EX
 _OPEN = LockFlag.OPEN | LockFlag.ALT_UNCACHED
-_BEHIND_MAX = 32 << 20
-"""Bytes of answered but unconfirmed WRITEs at most."""
-_SMALL = 16 << 10
-_BATCH = 32
-"""WRITEs of at most so many bytes go together, at most so many at once."""
 _LOWER_FLAGS = os.O_APPEND | os.O_NOATIME
 
 
@@ -57,9 +50,7 @@ class FileIO:
         self._serial = itertools.count()
         self.bytes_read = 0
         self.bytes_written = 0
-        self._behind_bytes = 0
-        self._batched: dict[Fid, Node] = {}
-        state.link.before_send = self._send_batches
+        self.writes = ShippedWrites(state)
 
     # -- opening ---------------------------------------------------------------------------------------------------
 
@@ -315,99 +306,24 @@ class FileIO:
         return done
 
     async def _ship_write(self, handle: Handle, off: int, buf: bytes) -> int:
-        node = handle.node
-        state = self.state
-        self._raise_behind(node)
-        flags = (WriteFlag.APPEND if handle.append else 0) | (0 if handle.privileged else WriteFlag.KILL_PRIV)
-        if self._may_run_behind(handle, len(buf)):
-            self._write_behind(node, off, flags, buf)
-            return len(buf)
-        state.own_change(node)
-        future = state.link.start(Op.WRITE, 0, 0, (*node.fid, off, flags, buf))
-        _, (_placed, done) = await future
-        state.own_change(node)
+        done = await self.writes.write(handle, off, buf)
         self.bytes_written += done
-        return int(done)
-
-    def _may_run_behind(self, handle: Handle, size: int) -> bool:
-        """Whether a WRITE may be answered before the home has confirmed it.
-
-        Only under EX: nobody else sees the file before this node has given the lock up, and that waits for all of them.
-        The page cache of a local file system promises no more before fsync; close and fsync wait, and report errors.
-        """
-        return (
-            self.state.locks.mode(handle.ino) == _EX
-            and self.state.gate is None
-            and self._behind_bytes + size <= _BEHIND_MAX
-            and not handle.flags & (os.O_SYNC | os.O_DSYNC)
-        )
-
-    def _write_behind(self, node: Node, off: int, flags: int, buf: bytes) -> None:
-        """Take a WRITE that is answered now. Small ones wait for those under way, and then go together."""
-        node.behind += 1
-        self._behind_bytes += len(buf)
-        self.bytes_written += len(buf)
-        self.state.own_change(node)
-        if node.behind == 1 or len(buf) > _SMALL:
-            future = self.state.link.start(Op.WRITE, 0, 0, (*node.fid, off, flags, buf))
-            future.add_done_callback(functools.partial(self._behind_done, node, 1, len(buf)))
-            return
-        if node.batch and (node.batch_flags != flags or len(node.batch) >= _BATCH):
-            self._send_batch(node)
-        node.batch_flags = flags
-        node.batch.append((off, buf))
-        self._batched[node.fid] = node
-
-    def _send_batches(self) -> None:
-        """Before any other operation: the home must see what was written before it."""
-        while self._batched:
-            self._send_batch(next(iter(self._batched.values())))
-
-    def _send_batch(self, node: Node) -> None:
-        del self._batched[node.fid]
-        pieces, node.batch = node.batch, []
-        size = sum(len(data) for _, data in pieces)
-        values = (*node.fid, node.batch_flags, pack_writes(pieces))
-        future = self.state.link.start(Op.WRITES, 0, 0, values)
-        future.add_done_callback(functools.partial(self._behind_done, node, len(pieces), size))
-
-    def _behind_done(self, node: Node, count: int, size: int, future: asyncio.Future[Any]) -> None:
-        self._behind_bytes -= size
-        node.behind -= count
-        self.state.own_change(node)
-        error = future.exception()
-        if error is not None:
-            node.behind_error = getattr(error, "errno", None) or errno.EIO
-        elif future.result()[1][-1] < size:
-            node.behind_error = errno.ENOSPC
-        if node.batch and node.behind == len(node.batch):
-            self._send_batch(node)
-        if not node.behind and node.settled is not None:
-            node.settled.set()
-            node.settled = None
-
-    @staticmethod
-    def _raise_behind(node: Node) -> None:
-        if node.behind_error:
-            code, node.behind_error = node.behind_error, 0
-            raise OSError(code, os.strerror(code))
+        return done
 
     async def flush(self, fh: FileHandleT) -> None:
         """A descriptor is closed: everything written through this node has reached the home, or the error is told."""
         node = self.handles[fh].node
-        if node.behind:
-            self._send_batches()
-            await node.settle()
-        self._raise_behind(node)
+        await self.writes.settle(node)
+        self.writes.raise_error(node)
 
-    async def fsync_node(self, node: Node, datasync: bool, is_dir: bool) -> None:
+    async def fsync_node(self, node: Node) -> None:
         """Make an object durable: on the home by fsync of the lower one, elsewhere by the home."""
         state = self.state
         if state.gate is not None:
             await state.pass_gate()
-        if state.lower is not None:
-            await state.sync_local(node)
-        else:
-            await state.link.ship(Op.FSYNC, 0, 0, (*node.fid, int(datasync)))
-            await node.settle()
-        self._raise_behind(node)
+        if state.lower is None:
+            await self.writes.fsync(node)
+            return
+        await self.writes.commit(node)
+        await state.sync_local(node)
+        self.writes.raise_error(node)

@@ -2,6 +2,8 @@
 
 An operation is kept until it is answered. When the home changes, or the daemon was restarted, every unanswered one is
 sent again under the new epoch with its old sequence; the home's reply cache answers those that had been executed.
+WRITEs whose data is kept beyond the answer are an exception: mxfs_fuse/writes.py sends them again itself, before all
+else.
 """
 
 import asyncio
@@ -16,12 +18,14 @@ from mxfsd.io.unixconn import UnixFrameConnection
 
 
 class _Pending:
-    __slots__ = ("future", "op", "parts")
+    __slots__ = ("future", "kept", "op", "parts")
 
-    def __init__(self, op: Op, parts: list[bytes], future: asyncio.Future[Any]) -> None:
+    def __init__(self, op: Op, parts: list[bytes], future: asyncio.Future[Any], kept: bool) -> None:
         self.op = op
         self.parts = parts
         self.future = future
+        self.kept = kept
+        """Whoever started it keeps what is needed to do it again, and does so when its effect may be lost."""
 
 
 class OperationLink:
@@ -35,10 +39,13 @@ class OperationLink:
         self._conn: UnixFrameConnection | None = None
         self._on_grants = on_grants
         self._open = False
+        self._resuming = False
         self._failed = 0
         self.shipped = 0
         self.before_send: Callable[[], None] | None = None
         """Called before an operation is sent: what was held back to be sent together must go first."""
+        self.before_resume: Callable[[int], bool] | None = None
+        """Called with the epoch of a home to go on with. True: something must be sent *ahead*; proceed() follows."""
 
     @property
     def pending(self) -> int:
@@ -51,17 +58,32 @@ class OperationLink:
 
     def suspend(self) -> None:
         """Keep operations back: the home is changing."""
-        self._open = False
+        self._open = self._resuming = False
 
     def resume(self, epoch: int) -> None:
         """Send everything unanswered to the home of *epoch*, in the order of the first sending."""
         self.epoch = epoch
+        self._resuming = True
+        if self.before_resume is None or not self.before_resume(epoch):
+            self.proceed()
+
+    def proceed(self) -> None:
+        """What had to go ahead was answered: send the rest. Nothing happens where the home is changing again."""
+        if not self._resuming:
+            return
         self._open = True
         for seq, pending in sorted(self._pending.items()):
-            self._send(seq, pending.parts)
+            if pending.kept and pending.future.done():
+                del self._pending[seq]  # it was settled otherwise, and must not be executed any more
+            else:
+                self._send(seq, pending.parts)
 
-    def _send(self, seq: int, parts: list[bytes]) -> None:
-        if self._open and self._conn is not None:
+    def withdraw_kept(self) -> None:
+        """Forget the unanswered operations that were started as *kept*: their futures are left to who started them."""
+        self._pending = {seq: pending for seq, pending in self._pending.items() if not pending.kept}
+
+    def _send(self, seq: int, parts: list[bytes], ahead: bool = False) -> None:
+        if (self._open or (ahead and self._resuming)) and self._conn is not None:
             self._conn.send(FrameType.OP_REQ, parts, epoch=self.epoch, session=self.session, seq=seq)
 
     async def ship(
@@ -71,10 +93,21 @@ class OperationLink:
         return await self.start(op, uid, gid, values, want_lock)
 
     def start(
-        self, op: Op, uid: int, gid: int, values: Sequence[Any], want_lock: bool = False
+        self,
+        op: Op,
+        uid: int,
+        gid: int,
+        values: Sequence[Any],
+        want_lock: bool = False,
+        *,
+        kept: bool = False,
+        ahead: bool = False,
     ) -> asyncio.Future[tuple[list[Grant], list[Any]]]:
-        """Send *op*, return the future of what ``ship`` returns. Operations reach the home in the order of sending."""
-        if self.before_send is not None:
+        """Send *op*, return the future of what ``ship`` returns. Operations reach the home in the order of sending.
+
+        *kept*: see withdraw_kept(). *ahead*: send it now, though others wait for proceed().
+        """
+        if self.before_send is not None and not ahead:
             self.before_send()
         self._seq += 1
         seq = self._seq
@@ -84,9 +117,9 @@ class OperationLink:
         if self._failed:
             future.set_exception(OperationError(self._failed, []))
             return future
-        self._pending[seq] = _Pending(op, parts, future)
+        self._pending[seq] = _Pending(op, parts, future, kept)
         self.shipped += 1
-        self._send(seq, parts)
+        self._send(seq, parts, ahead)
         return future
 
     def on_reply(self, frame: Frame) -> None:

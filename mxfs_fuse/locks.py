@@ -56,6 +56,12 @@ class LockClient:
         self.basts = 0
         self.suspended = False
         self.reclaiming = False
+        self.before_release: Callable[[Node, LockMode], Awaitable[None]] = _nothing_before
+        """Awaited before a lock goes down to a mode: what was written under it must be durable first."""
+        self.holds_data: Callable[[Node], bool] = lambda node: bool(node.behind)
+        """Whether before_release() has something to do."""
+        self.claim_denied: Callable[[int], None] = lambda _ino: None
+        """Called where a reclaim was denied: another node has the lock."""
 
     def close(self) -> None:
         """End the invalidation threads."""
@@ -130,14 +136,16 @@ class LockClient:
         elif isinstance(record, LockBast):
             self.basts += 1
             node = self._nodes.get(record.ino)
-            if node is not None and node.behind and self.cache.data_mode(record.ino) == LockMode.NL:
-                # Dropped with the lease, but answered writes are still on their way to the home: they come first.
+            if node is not None and self.cache.data_mode(record.ino) < LockMode.PW and self.holds_data(node):
+                # Dropped with the lease, but answered writes may still be on their way to the home: they come first.
                 task = asyncio.get_running_loop().create_task(self._bast_after(node, record))
                 self._tasks.add(task)
                 task.add_done_callback(self._revoked)
                 return
             self.run(self.cache.on_bast(now, record.ino, record.seq, record.mode, record.flags))
         elif isinstance(record, LockDeny):
+            if record.req_id == 0:
+                self.claim_denied(record.ino)
             self.run(self.cache.on_deny(now, record.req_id, record.ino, record.errno))
 
     def fail_all(self, code: int) -> None:
@@ -169,7 +177,7 @@ class LockClient:
     # -- invalidation ----------------------------------------------------------------------------------------------
 
     async def _bast_after(self, node: Node, record: LockBast) -> None:
-        await node.settle()
+        await self.before_release(node, LockMode.NL)
         self.run(self.cache.on_bast(now_ms(), record.ino, record.seq, record.mode, record.flags))
 
     def _start_invalidation(self, effect: Invalidate) -> None:
@@ -202,6 +210,8 @@ class LockClient:
                 await self._drop_pages(node, revocation)
             else:
                 await self._in_thread(self._drop_attributes, ino)
+        if node is not None:
+            await self.before_release(node, target)
         sync = self._sync(ino)
         if sync is not None:
             # What cannot be made durable must not be seen by another node: an error here keeps the lock.
@@ -304,6 +314,10 @@ class LockClient:
         if self.kernel is not None:
             for offset, length in ranges:
                 _check(self.kernel.inval_pages(self._nodeid_of(ino), offset, length))
+
+
+async def _nothing_before(node: Node, target: LockMode) -> None:
+    pass
 
 
 def _check(code: int) -> None:

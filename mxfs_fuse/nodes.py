@@ -51,6 +51,8 @@ class Node:
         "cached_writers",
         "changes",
         "confirmed",
+        "end",
+        "end_seq",
         "fid",
         "first_write",
         "in_flight",
@@ -99,6 +101,9 @@ class Node:
         self.behind_error = 0
         """errno of one that failed, for the next write, fsync or close."""
         self.settled: asyncio.Event | None = None
+        self.end = 0
+        """Size of the file in bytes, where ``end_seq`` is the sequence of the EX lock that is held."""
+        self.end_seq = -1
         self.opens_r = 0
         self.opens_w = 0
         self.cached_writers = 0

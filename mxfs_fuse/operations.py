@@ -45,8 +45,8 @@ def _errno_boundary(operation: Callable[_P, Coroutine[Any, Any, _T]]) -> Callabl
     @functools.wraps(operation)
     async def guarded(*args: _P.args, **kwargs: _P.kwargs) -> _T:
         state = cast(Operations, args[0]).state
-        if isinstance(args[-1], RequestContext):
-            caller.set(args[-1].pid)
+        # Set in any case: pyfuse3 serves one request after the other in the same task.
+        caller.set(args[-1].pid if isinstance(args[-1], RequestContext) else 0)
         while True:
             lower = state.lower
             try:
@@ -332,9 +332,11 @@ class Operations(pyfuse3.Operations):
             if node.opens_r or node.opens_w:
                 return (await self._attr(node))[0]
             return new
+        await self.io.writes.before_change(node)
         self.state.own_change(node)
         _, (shipped,) = await state.link.ship(Op.SETATTR, _ANYBODY, _ANYBODY, (*node.fid, *values))
         self.state.own_change(node)
+        node.end_seq = -1
         return cast(Attr, shipped)
 
     @_errno_boundary
@@ -348,6 +350,7 @@ class Operations(pyfuse3.Operations):
             state.lower.setxattr(node.fid, name, value, 0)
             state.changed(node.fid.ino)
             return
+        await self.io.writes.before_change(node)
         self.state.own_change(node)
         node.no_capability_seq = -1
         await state.link.ship(Op.SETXATTR, _ANYBODY, _ANYBODY, (*node.fid, name, value, 0))
@@ -405,6 +408,7 @@ class Operations(pyfuse3.Operations):
             state.lower.removexattr(node.fid, name)
             state.changed(node.fid.ino)
             return
+        await self.io.writes.before_change(node)
         self.state.own_change(node)
         await state.link.ship(Op.REMOVEXATTR, _ANYBODY, _ANYBODY, (*node.fid, name))
         self.state.own_change(node)
@@ -776,7 +780,7 @@ class Operations(pyfuse3.Operations):
 
     @_errno_boundary
     async def fsyncdir(self, fh: FileHandleT, datasync: bool) -> None:
-        await self.io.fsync_node(self._dirs[fh].node, datasync, is_dir=True)
+        await self.io.fsync_node(self._dirs[fh].node)
 
     # -- regular files: see fileio.py ------------------------------------------------------------------------------
 
@@ -814,4 +818,4 @@ class Operations(pyfuse3.Operations):
     @_errno_boundary
     async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
         handle: Handle = self.io.handles[fh]
-        await self.io.fsync_node(handle.node, datasync, is_dir=False)
+        await self.io.fsync_node(handle.node)

@@ -15,6 +15,7 @@ from mxfs_proto.frames import ReclaimEntry
 from mxfs_proto.modes import LockMode
 from mxfs_proto.ops import Attr, Fid, Grant, Op
 from mxfs_proto.records import Record
+from mxfsd.core.unstable import UnstableData
 from mxfsd.io.clock import now_ms
 from mxfsd.io.lower import Lower
 
@@ -42,6 +43,10 @@ class State:
         self.readonly = readonly
         self.nodes: dict[int, Node] = {}
         self.link = OperationLink(self._adopt)
+        self.unstable = UnstableData()
+        """What this node wrote, while it was not the home, and no home has made durable yet (mxfs_fuse/writes.py)."""
+        self.before_forget: Callable[[Node], bool] = lambda _node: False
+        """Asked before an inode is forgotten. True: it is forgotten later, its lock is needed still."""
         self.locks = LockClient(self.nodes, send, self._sync_of, self._before_release, self.nodeid_of, self._lock_lost)
         self.lower: Lower | None = None
         self.kernel: KernelNotifier | None = None
@@ -102,6 +107,8 @@ class State:
             return
         ino = node.fid.ino
         if self.nodes.get(ino) is node:
+            if self.before_forget(node):
+                return
             del self.nodes[ino]
             if self.lower is None:
                 self.locks.run(self.locks.cache.forget(now_ms(), ino))
@@ -157,12 +164,16 @@ class State:
 
     def held_rows(self) -> list[ReclaimEntry]:
         """What this node holds and has open, for the next home. What was held implicitly (this was the home) is named
-        where the kernel caches something under it: EX for a file with a cached writer, else PR."""
+        where the kernel caches something under it: EX for a file with a cached writer, else PR. A file with data that
+        the next home must be sent first is named with EX, also where its lock was dropped with the lease: nobody may
+        see it before that, and if somebody has it by now the data must not be sent."""
         rows = []
         held = {ino: mode for ino, mode, _seq, _opens in self.locks.cache.held()}
         for ino, node in self.nodes.items():
             mode = held.pop(ino, self.locks.mode(ino))
-            if mode > _PR and not node.cached_writers:
+            if node.behind or self.unstable.holds(node.fid):
+                mode = _EX
+            elif mode > _PR and not node.cached_writers:
                 mode = _PR
             if mode != LockMode.NL or node.opens_r or node.opens_w:
                 node.registered = node.opens

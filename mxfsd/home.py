@@ -672,9 +672,10 @@ class HomeService:
     ) -> tuple[int, int]:
         """Write the pieces in order, up to the first that does not fit: where the last one went, and bytes in all."""
         append = bool(flags & WriteFlag.APPEND)
+        stable = append or bool(flags & WriteFlag.STABLE)
         free = self.held_by(c.node, fid.ino, LockMode.PW) and fid.ino not in self._appending
-        if append or not free or self.must_commit(fid.ino, c.node):
-            await c.lock((fid.ino, LockMode.EX if append else LockMode.CW))
+        if stable or not free or self.must_commit(fid.ino, c.node):
+            await c.lock((fid.ino, LockMode.EX if stable else LockMode.CW))
             await self.commit_before(fid.ino, c.node)
         fd = self.lower.file_fd(fid)
         if append:
@@ -694,14 +695,15 @@ class HomeService:
                 self.bytes_written += total
         if flags & WriteFlag.KILL_PRIV:
             kill_priv(fd)
-        if append and c.key is not None:
-            await self._commit_append(c, fid)
+        if stable and c.key is not None:
+            await self._commit_stable(c, fid)
             self._end(c, [placed, total] if c.request.op is Op.WRITE else [total], fid)
         return placed, total
 
-    async def _commit_append(self, c: _Context, fid: Fid) -> None:
-        """Make appended data durable before its outcome is written, with the lock held: a crash before that is settled
-        by cutting the file back, so nothing may be built on the new size meanwhile, not by this node either."""
+    async def _commit_stable(self, c: _Context, fid: Fid) -> None:
+        """Make data durable before its outcome is written, with the lock held, so that nobody sees it before. A crash
+        before that is settled by writing it again or, where it was appended, by cutting the file back: nothing may be
+        built on the new size meanwhile, not by this node either."""
         self._appending.add(fid.ino)
         try:
             entry = self._unstable.get(fid.ino)

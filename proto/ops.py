@@ -102,6 +102,8 @@ class WriteFlag(IntEnum):
 
     APPEND = 1
     KILL_PRIV = 2
+    STABLE = 4
+    """Durable before the reply: the writer does not keep the data."""
 
 
 _OBJ = ("Q", "I")
