@@ -69,7 +69,7 @@ class LowerEnd:
         await state.leave_lower()
         kept = kept or await self._was_flushed()
         lost = state.lower_ended(kept)
-        if not kept:
+        if lost:
             log.error("the lower mount ended without a flush: unsynced changes are lost", inodes=lost)
 
     async def _flush(self, lower: Lower) -> bool:

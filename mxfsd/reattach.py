@@ -49,6 +49,8 @@ async def start_fuse(daemon: "Daemon", kernel_options: tuple[str, ...]) -> None:
     if before is None:
         await daemon.fuse.start(daemon.mountpoint, kernel_options, daemon.device, daemon.options.log)
         return
+    if (daemon.run_dir / rundir.DEAD).exists():
+        raise NothingToServe("the mount is dead: unmount it, and mount again")
     if not before.alive:
         await asyncio.to_thread(clear_dead_mount, daemon.mountpoint, daemon.device)
         rundir.forget(daemon.run_dir, rundir.FUSE, rundir.DEAD)

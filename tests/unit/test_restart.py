@@ -1,0 +1,440 @@
+"""A daemon dies under a live mount: its successors, the hand-shake with the FUSE layer, and what the lower mount took
+with it. Nothing is mounted here; tests/lab/test_restart.py has the real thing."""
+
+import asyncio
+import errno
+import os
+import subprocess
+import sys
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from mxfs_fuse import loss
+from mxfs_fuse.callers import caller, is_dying, is_unmounting
+from mxfs_fuse.loss import LowerEnd, may_be_redone
+from mxfs_fuse.nextdaemon import NextDaemon
+from mxfs_fuse.state import State
+from mxfs_proto.errors import MxfsError, PeerError, Refusal
+from mxfs_proto.frames import Frame, FrameType, pack_json, unpack_json
+from mxfs_proto.ondisk import volume_id
+from mxfs_proto.ops import Fid, Op
+from mxfs_proto.records import DaemonReady, Record, RecoveryStart
+from mxfsd import greeting, reattach, rundir
+from mxfsd.fuselink import FuseLink
+from mxfsd.io.netlink import NetlinkEndpoint
+from mxfsd.io.unixconn import UnixFrameConnection, connect_unix
+
+VOLUME = uuid.UUID("00000000-0000-4000-8000-000000000001")
+ROOT = Fid(128, 1)
+
+
+# -- the next daemon ---------------------------------------------------------------------------------------------------
+
+
+class Children:
+    """Stands for subprocess.Popen: notes when daemons were started; ``status`` is what each ends with at once."""
+
+    def __init__(self) -> None:
+        self.started: list[int] = []
+        self.status: int | None = 1
+        self.fails = False
+        self.now = 0
+
+    def start(self, command: Sequence[str]) -> Any:
+        assert list(command) == ["mxfsd"]
+        if self.fails:
+            raise OSError(errno.ENOENT, "no such program")
+        self.started.append(self.now)
+        return SimpleNamespace(pid=1, poll=lambda: self.status)
+
+    def run(self, outage: NextDaemon, until_ms: int, *, connected: bool = False) -> int | None:
+        """Step every 10 ms; return when it gave up."""
+        while self.now < until_ms:
+            if not outage.step(self.now, connected):
+                return self.now
+            self.now += 10
+        return None
+
+
+def test_a_daemon_that_ends_is_started_again_with_longer_and_longer_pauses() -> None:
+    children = Children()
+    children.run(NextDaemon(["mxfsd"], 10_000, 0, children.start), 9000)
+    pauses = [after - before for before, after in zip(children.started, children.started[1:], strict=False)]
+    assert pauses[:4] == [60, 110, 210, 410]
+    assert max(pauses) <= 2010
+
+
+def test_a_daemon_that_runs_is_the_only_one() -> None:
+    children = Children()
+    children.status = None
+    children.run(NextDaemon(["mxfsd"], 10_000, 0, children.start), 9000)
+    assert children.started == [0]
+
+
+@pytest.mark.error_logs
+@pytest.mark.parametrize("fails", [False, True])
+def test_there_is_an_end_to_it(fails: bool) -> None:
+    children = Children()
+    children.fails = fails
+    assert children.run(NextDaemon(["mxfsd"], 1000, 0, children.start), 5000) == 1000
+
+
+def test_a_daemon_that_is_connected_has_all_the_time_it_needs() -> None:
+    children = Children()
+    children.status = None
+    assert children.run(NextDaemon(["mxfsd"], 1000, 0, children.start), 5000, connected=True) is None
+
+
+def test_under_systemd_nothing_is_started_here() -> None:
+    children = Children()
+    assert children.run(NextDaemon([], 1000, 0, children.start), 5000) == 1000
+    assert children.started == []
+
+
+# -- the run directory -------------------------------------------------------------------------------------------------
+
+
+def test_a_process_is_known_by_more_than_its_pid(tmp_path: Path) -> None:
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    rundir.remember(tmp_path, rundir.FUSE, child.pid)
+    found = rundir.recall(tmp_path, rundir.FUSE)
+    assert found is not None and found.alive
+    assert not rundir.Process(found.pid, found.start + 1).alive  # the pid was given to another process
+    child.communicate()
+    assert not found.alive
+    (tmp_path / rundir.FUSE).write_text("torn [")
+    assert rundir.recall(tmp_path, rundir.FUSE) is None
+    rundir.forget(tmp_path, rundir.FUSE, rundir.HEARTBEAT)
+    assert not (tmp_path / rundir.FUSE).exists()
+
+
+def test_a_zombie_is_dead(tmp_path: Path) -> None:
+    child = subprocess.Popen(["true"])
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    found = rundir.process(child.pid)
+    assert found is not None and not found.alive
+    child.wait()
+
+
+# -- the hand-shake ----------------------------------------------------------------------------------------------------
+
+
+class Link:
+    """A daemon's FuseLink, and the FUSE layer of an earlier daemon's (this process) that connects to it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.gone: list[str] = []
+        self.frames: list[Frame] = []
+        self.records: list[Record] = []
+        self.link = FuseLink(folder, VOLUME, lambda _frame: None, lambda _record: None, self.gone.append)
+        self.netlink = NetlinkEndpoint(self.records.append, volume_id(VOLUME.bytes))
+        self.conn: UnixFrameConnection | None = None
+
+    async def adopt(self, limit_s: float = 5) -> None:
+        mine = rundir.process(os.getpid())
+        assert mine is not None
+        await self.link.adopt(mine, limit_s)
+
+    def dial(self, **fields: Any) -> None:
+        path = str(self.folder / "daemon.sock")
+        self.conn = connect_unix(path, lambda _conn, frame: self.frames.append(frame), lambda _conn, _error: None)
+        hello = {"portid": self.netlink.open(), "pid": os.getpid(), **fields}
+        fds = [os.open(os.devnull, os.O_RDONLY) for _ in range(HELLO_FDS)]
+        self.conn.send(FrameType.FUSE_HELLO, [pack_json(hello)], fds=fds)
+        for fd in fds:
+            os.close(fd)
+
+    def close(self) -> None:
+        if self.conn is not None:
+            self.conn.close()
+        self.netlink.close()
+        self.link.refuse("the end of the test")  # so that close() does not end this process
+        self.link.close()
+
+
+try:  # what the heartbeat process ends the caches with travels in the same frame
+    from mxfsd.caches import DESCRIPTORS as HELLO_FDS
+except ImportError:
+    HELLO_FDS = 0
+
+
+async def until(condition: Any) -> None:
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+async def test_an_older_fuse_layer_is_welcomed_and_asked_what_it_holds(tmp_path: Path) -> None:
+    both = Link(tmp_path)
+    try:
+        adopting = asyncio.create_task(both.adopt())
+        await until(lambda: (tmp_path / "daemon.sock").exists())
+        both.dial(node=3, incarnation=7)
+        await adopting
+        assert (both.link.adopted, both.link.continues, both.link.slot) == (True, 7, 3)
+        assert both.link.served and not both.link.attached.is_set()
+        both.link.welcome({"node": 3, "epoch": 5, "home": 1})
+        await until(lambda: both.frames)
+        welcome = unpack_json(both.frames[0].payload)
+        both.netlink.connect(int(welcome["portid"]))
+        await until(lambda: len(both.records) == 2)
+        assert isinstance(both.records[0], DaemonReady)
+        assert both.records[1] == RecoveryStart(5, 1)  # nothing is served before it has named its locks
+    finally:
+        both.close()
+
+
+async def test_a_fuse_layer_that_does_not_come_or_has_ended(tmp_path: Path) -> None:
+    both = Link(tmp_path)
+    try:
+        with pytest.raises(MxfsError, match="did not connect"):
+            await both.adopt(0.05)
+        child = subprocess.Popen(["true"])
+        ended = rundir.process(child.pid)
+        assert ended is not None
+        child.wait()
+        with pytest.raises(MxfsError, match="has ended"):
+            await both.link.adopt(ended, 5)
+    finally:
+        both.close()
+
+
+async def test_a_node_that_is_out_tells_its_fuse_layer(tmp_path: Path) -> None:
+    both = Link(tmp_path)
+    try:
+        adopting = asyncio.create_task(both.adopt())
+        await until(lambda: (tmp_path / "daemon.sock").exists())
+        both.dial(node=3, incarnation=7)
+        await adopting
+        both.link.refuse("put out")
+        await until(lambda: both.frames)
+        assert (both.frames[0].type, unpack_json(both.frames[0].payload)) == (FrameType.REFUSE, {"reason": "put out"})
+    finally:
+        both.close()
+
+
+def test_a_hello_says_what_it_continues() -> None:
+    fields = unpack_json(greeting.hello("n2", 2, "fast", "lease", 6))
+    assert greeting.continued(fields) == 6
+    assert greeting.continued(unpack_json(greeting.hello("n2", 2, "fast", "lease"))) == 0
+    with pytest.raises(PeerError):
+        greeting.continued({"continues": "x"})
+
+
+def test_locks_do_not_go_on_in_another_slot() -> None:
+    fuse = SimpleNamespace(continues=6, slot=3)
+    reattach.check_slot(SimpleNamespace(fuse=fuse, slot=3))  # type: ignore[arg-type]
+    with pytest.raises(Refusal, match="slot 3"):
+        reattach.check_slot(SimpleNamespace(fuse=fuse, slot=4))  # type: ignore[arg-type]
+
+
+async def test_a_daemon_does_not_mount_again_what_was_unmounted(tmp_path: Path) -> None:
+    child = subprocess.Popen(["true"])
+    rundir.remember(tmp_path, rundir.FUSE, child.pid)
+    child.wait()
+    started: list[str] = []
+    fuse = SimpleNamespace(start=started.append)
+    daemon: Any = SimpleNamespace(run_dir=tmp_path, fuse=fuse, mountpoint="/nowhere/at/all", device="/dev/none")
+    with pytest.raises(reattach.NothingToServe):
+        await reattach.start_fuse(daemon, ())
+    (tmp_path / rundir.DEAD).write_text("given up")
+    rundir.remember(tmp_path, rundir.FUSE, os.getpid())
+    with pytest.raises(reattach.NothingToServe, match="dead"):
+        await reattach.start_fuse(daemon, ())
+    assert started == []
+
+
+def test_a_mount_that_is_busy_is_tried_again_for_a_while() -> None:
+    codes = [errno.EBUSY, errno.EBUSY, 0]
+
+    def work() -> str:
+        code = codes.pop(0)
+        if code:
+            raise OSError(code, "mount")
+        return "mounted"
+
+    assert reattach.patiently(work, 10_000) == "mounted"
+    codes[:] = [errno.EUCLEAN, 0]
+    with pytest.raises(OSError):
+        reattach.patiently(work, 10_000)
+    codes[:] = [errno.EBUSY] * 3
+    with pytest.raises(OSError):
+        reattach.patiently(work, -1)
+
+
+# -- the FUSE layer without a home -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def state() -> State:
+    made = State(ROOT, 1000, False, lambda _record: None)
+    made.gate = None
+    return made
+
+
+async def test_a_dead_mount_fails_what_waits_and_what_comes(state: State) -> None:
+    state.close_gate()
+    waiting = [asyncio.create_task(state.pass_gate()), asyncio.create_task(state.link.ship(Op.REAP, 0, 0, ROOT))]
+    await asyncio.sleep(0)
+    state.die("no daemon")
+    for work in (*waiting, state.pass_gate(), state.link.ship(Op.REAP, 0, 0, ROOT)):
+        with pytest.raises(OSError) as failed:
+            await work
+        assert failed.value.errno == errno.EIO
+
+
+async def test_who_is_being_killed_waits_no_longer(state: State, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mxfs_fuse.state.LOOK_S", 0.01)
+    state.close_gate()
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    caller.set(child.pid)
+    waiting = asyncio.create_task(state.pass_gate())
+    await asyncio.sleep(0.05)
+    assert not waiting.done() and not is_dying(child.pid)
+    child.communicate()
+    with pytest.raises(OSError) as failed:
+        await waiting
+    assert failed.value.errno == errno.EINTR
+
+
+def test_umount_is_recognized() -> None:
+    assert not is_unmounting(os.getpid())
+    assert not is_unmounting(0)
+
+
+class Lower:
+    """A lower mount: *up*, and what syncfs says."""
+
+    def __init__(self, syncs: bool = True) -> None:
+        self.up = True
+        self.syncs = syncs
+        self.closed = False
+
+    @property
+    def mount_fd(self) -> int:
+        return 0
+
+    def syncfs(self) -> None:
+        if not self.syncs:
+            raise OSError(errno.EIO, "shut down")
+
+    def sync(self, _fid: Fid) -> None:
+        self.syncfs()
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.fixture(autouse=True)
+def down(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "is_down", lambda lower: not lower.up)
+    monkeypatch.setattr("mxfs_fuse.state.is_down", lambda lower: not lower.up)
+
+
+async def end_of(state: State, folder: Path, heartbeat: rundir.Process | None) -> None:
+    state.close_gate()
+    await LowerEnd(state, folder, heartbeat, 0.05).leave()
+
+
+async def test_what_is_synced_as_the_daemon_dies_is_not_lost(state: State, tmp_path: Path) -> None:
+    lower: Any = Lower()
+    state.lower = lower
+    node = state.known(Fid(200, 1))
+    state.changed(200)
+    await end_of(state, tmp_path, None)
+    assert lower.closed and state.lower is None
+    assert state.kept_all and not node.behind_error and not state.unsynced
+
+
+@pytest.mark.error_logs
+@pytest.mark.parametrize("flushed", [True, False])
+async def test_a_shut_down_mount_lost_nothing_only_where_its_flush_is_proved(
+    state: State, tmp_path: Path, flushed: bool
+) -> None:
+    lower: Any = Lower(syncs=False)
+    state.lower = lower
+    node, other = state.known(Fid(200, 1)), state.known(Fid(201, 1))
+    state.changed(200)
+    heartbeat = rundir.process(os.getpid())
+    if flushed:
+        rundir.remember(tmp_path, rundir.FLUSHED, os.getpid())
+    await end_of(state, tmp_path, heartbeat)
+    assert state.kept_all is flushed
+    assert node.behind_error == (0 if flushed else errno.EIO)
+    assert other.behind_error == 0
+
+
+async def test_the_word_of_an_earlier_heartbeat_process_does_not_count(state: State, tmp_path: Path) -> None:
+    state.lower = Lower(syncs=False)  # type: ignore[assignment]
+    rundir.remember(tmp_path, rundir.FLUSHED, os.getppid())
+    await end_of(state, tmp_path, rundir.process(os.getpid()))
+    assert not state.kept_all
+
+
+async def test_a_file_synced_before_has_lost_nothing(state: State, tmp_path: Path) -> None:
+    lower: Any = Lower()
+    state.lower = lower
+    node = state.known(Fid(200, 1))
+    state.changed(200)
+    await state.sync_local(node)
+    lower.syncs = False
+    await end_of(state, tmp_path, None)
+    assert not node.behind_error
+
+
+async def test_a_sync_that_failed_leaves_the_file_unsynced(state: State) -> None:
+    state.lower = Lower(syncs=False)  # type: ignore[assignment]
+    state.changed(200)
+    with pytest.raises(OSError):
+        await state.sync_local(state.known(Fid(200, 1)))
+    assert state.unsynced == {200}
+
+
+@pytest.mark.parametrize(
+    ("operation", "kept", "again"),
+    [("rename", True, True), ("write", True, True), ("rename", False, False), ("write", False, False)]
+    + [("read", False, True), ("fsync", False, True)],
+)
+async def test_what_a_shut_down_mount_refused_is_done_again_if_that_is_safe(
+    state: State, operation: str, kept: bool, again: bool
+) -> None:
+    lower: Any = Lower()
+    state.lower = lower
+    told: list[int] = []
+    state.on_lower_down = lambda: told.append(1)
+    lower.up = False
+    deciding = asyncio.create_task(may_be_redone(state, lower, errno.EIO, operation))
+    await asyncio.sleep(0)
+    assert not deciding.done() and told == [1]  # it waits for the next home
+    state.lower = None
+    state.lower_ended(kept)
+    state.open_gate()
+    assert await deciding is again
+
+
+async def test_an_error_of_a_mount_that_is_up_is_an_error(state: State) -> None:
+    lower: Any = Lower()
+    state.lower = lower
+    assert not await may_be_redone(state, lower, errno.EIO, "read")
+    lower.up = False
+    assert not await may_be_redone(state, lower, errno.ENOSPC, "read")
+    assert not await may_be_redone(state, None, errno.EIO, "read")
+
+
+async def test_a_lock_whose_lower_mount_ended_is_not_kept_for_ever(state: State) -> None:
+    lower: Any = Lower(syncs=False)
+    state.lower = lower
+    with pytest.raises(OSError):
+        await state._before_release(lower.syncfs)  # an error of a mount that is up: the lock stays
+    lower.up = False
+    giving = asyncio.create_task(state._before_release(lower.syncfs))
+    await asyncio.sleep(0.02)
+    assert not giving.done()
+    await state.leave_lower()
+    await giving
