@@ -53,6 +53,7 @@ from mxfsd.io.heartbeat_client import BeatReport, HeartbeatClient, HeartbeatEven
 from mxfsd.io.lockspace import Lockspace
 from mxfsd.io.lower import Lower
 from mxfsd.io.peers import PeerConnection, PeerServer
+from mxfsd.io.xfsknobs import bound_replay
 from mxfsd.members import Members
 from mxfsd.options import MountOptions
 from mxfsd.pr.reservations import Standing
@@ -379,6 +380,7 @@ class Daemon:
         lower = Lower(libc.mount_detached(self.device, self.options.read_only, exclusive=exclusive))
         if not self.options.read_only:
             lower.prepare()
+            bound_replay()
         return lower
 
     async def _arm(self, lower: Lower) -> None:
