@@ -8,6 +8,8 @@ import errno
 import os
 from struct import Struct
 
+from mxfsd.io import libc
+
 _NOTIFY_INVAL_INODE = 2
 _NOTIFY_INC_EPOCH = 8
 _HEADER = Struct("=IiQ")  # length, notification code, unique = 0
@@ -23,6 +25,19 @@ def fuse_device_fd() -> int:
         except FileNotFoundError:
             continue
     raise FileNotFoundError(errno.ENOENT, "no descriptor of /dev/fuse in this process")
+
+
+def open_abort(device: int) -> int:
+    """Open the ``abort`` file of the connection of the FUSE mount whose st_dev is *device*.
+
+    What is written to it ends the connection and all its requests. fusectl is mounted in no namespace for it, so it
+    need not be mounted (the kernel's Documentation/filesystems/fuse/fuse.rst). Raises OSError.
+    """
+    control = libc.mount_virtual("fusectl")
+    try:
+        return os.open(f"{os.minor(device)}/abort", os.O_WRONLY | os.O_CLOEXEC, dir_fd=control)
+    finally:
+        os.close(control)
 
 
 class KernelNotifier:

@@ -15,7 +15,7 @@ import pyfuse3
 import pyfuse3.asyncio
 import structlog
 
-from mxfs_fuse.kernel import KernelNotifier, fuse_device_fd
+from mxfs_fuse.kernel import KernelNotifier, fuse_device_fd, open_abort
 from mxfs_fuse.loss import LowerEnd
 from mxfs_fuse.nextdaemon import NextDaemon
 from mxfs_fuse.nodes import Node
@@ -38,6 +38,7 @@ from mxfs_proto.records import (
 from mxfsd import log as logging
 from mxfsd import rundir
 from mxfsd.core.epochs import first_seq
+from mxfsd.io.cachelist import CacheList
 from mxfsd.io.clock import now_ms
 from mxfsd.io.lower import Lower
 from mxfsd.io.netlink import NetlinkEndpoint
@@ -91,6 +92,10 @@ class Server:
         self._leaving: asyncio.Task[None] | None = None
         self._drops: list[tuple[Node, asyncio.Future[None]]] = []
         self._frozen = True
+        self._listed = CacheList()
+        Node.listed = self._listed
+        self._handed: list[int] = []
+        """What the heartbeat process ends our caches with when we cannot: `mxfsd.caches`."""
 
     # -- start -----------------------------------------------------------------------------------------------------
 
@@ -123,10 +128,10 @@ class Server:
     def _hello(self) -> None:
         """Say who we are: to a later daemon also whose locks we have."""
         assert self._conn is not None
-        fields: dict[str, Any] = {"portid": self._netlink.open(), "pid": os.getpid()}
+        fields: dict[str, Any] = {"portid": self._netlink.open(), "pid": os.getpid(), "fds": len(self._handed)}
         if self._incarnation:
             fields.update(node=self._node, incarnation=self._incarnation)
-        self._conn.send(FrameType.FUSE_HELLO, [pack_json(fields)])
+        self._conn.send(FrameType.FUSE_HELLO, [pack_json(fields)], fds=self._handed)
 
     def _welcomed(self, fields: dict[str, Any]) -> None:
         """The daemon has joined the volume and knows its home."""
@@ -154,14 +159,18 @@ class Server:
         pyfuse3.asyncio.enable()
         pyfuse3.init(self.operations, self._args.mountpoint, options)
         try:
-            kernel = KernelNotifier(fuse_device_fd())
+            device = fuse_device_fd()
+            kernel = KernelNotifier(device)
             self.state.kernel = self.state.locks.kernel = kernel
             loop = asyncio.get_running_loop()
             main = loop.create_task(pyfuse3.main(max_tasks=_MAX_TASKS))
             await self._answers()
             set_readahead(self._args.mountpoint)
+            # In a thread, as it asks the mount that this one serves.
+            mount = await loop.run_in_executor(None, os.stat, self._args.mountpoint)
+            self._handed = [device, self._listed.fd, open_abort(mount.st_dev)]
             if self._conn is not None:
-                self._conn.send(FrameType.FUSE_READY, [pack_json({"pid": os.getpid()})])
+                self._conn.send(FrameType.FUSE_READY, [pack_json({"pid": os.getpid()})], fds=self._handed)
             log.info("mounted", mountpoint=self._args.mountpoint, entry_epochs=kernel.has_epoch)
             self._serving = True
             ticks = loop.create_task(self._ticks())
@@ -294,8 +303,7 @@ class Server:
         for node in state.nodes.values():
             node.forget_cached()
         self._drops.append((Node(state.root), state.locks.drop_attributes(list(state.nodes))))
-        for _node, work in self._drops:
-            work.add_done_callback(lambda _done: self._maybe_reopen())
+        self._when_dropped()
 
     # -- frames ----------------------------------------------------------------------------------------------------
 
@@ -377,8 +385,18 @@ class Server:
             node.forget_cached()
         if state.kernel is not None and state.kernel.has_epoch:
             state.kernel.inc_epoch()
+        self._when_dropped()
+
+    def _when_dropped(self) -> None:
+        """Say so, and perhaps go on, when each of the drops under way has ended."""
         for _node, work in self._drops:
-            work.add_done_callback(lambda _done: self._maybe_reopen())
+            work.add_done_callback(lambda _done: self._dropped())
+        self._dropped()
+
+    def _dropped(self) -> None:
+        if self._lapsed and all(_is_over(node, work) for node, work in self._drops):
+            self._listed.set_dropped(True)
+        self._maybe_reopen()
 
     def _maybe_reopen(self) -> None:
         """After a lapse: go on once the home is heard again and nothing old is left in the kernel."""
@@ -388,6 +406,7 @@ class Server:
         # A pass that waits for folios of upcalls which themselves wait at the gate has nothing readable before it.
         if any(not work.done() and not node.in_flight for node, work in self._drops):
             return
+        self._listed.set_dropped(False)
         self._lapsed = False
         self._drops = []
         if not self._frozen:
@@ -456,6 +475,13 @@ class Server:
             self._maybe_reopen()
         else:
             state.open_gate()
+
+
+def _is_over(node: Node, work: asyncio.Future[None]) -> bool:
+    """Whether nothing can be read that a drop is to make unreadable; see ``_maybe_reopen`` for one that waits."""
+    if not work.done():
+        return bool(node.in_flight)
+    return not work.cancelled() and work.exception() is None
 
 
 def terminate() -> None:

@@ -2,10 +2,11 @@
 
 import asyncio
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 from mxfs_proto.modes import LockMode
 from mxfs_proto.ops import Attr, Fid
+from mxfsd.io.cachelist import CacheList
 
 Names: TypeAlias = dict[bytes, Fid | None]
 """Directory entries by name; None is a name that is known not to be there."""
@@ -41,7 +42,11 @@ class Revocation:
 class Node:
     """An inode that the kernel has looked up (``nlookup`` > 0) or has open."""
 
+    listed: ClassVar[CacheList | None] = None
+    """Where inodes with pages in the kernel are listed for whoever has to drop them when this process is dead."""
+
     __slots__ = (
+        "_may_have_pages",
         "attr",
         "attr_seq",
         "batch",
@@ -57,7 +62,6 @@ class Node:
         "first_write",
         "in_flight",
         "late",
-        "may_have_pages",
         "misses",
         "names",
         "names_seq",
@@ -111,7 +115,7 @@ class Node:
         """Begins and ends of this node's own shipped changes: what was asked before one is not kept after it."""
         self.registered = (0, 0)
         """The open counts that the master was told last."""
-        self.may_have_pages = False
+        self._may_have_pages = False
         self.privileged = False
         """Its mode has set-id bits: a write takes them away."""
         self.in_flight: dict[int, tuple[int, int]] = {}
@@ -132,6 +136,20 @@ class Node:
         self.revocation: Revocation | None = None
         self.removing: asyncio.Future[None] | None = None
         """Its last name may be going away just now: opens wait."""
+
+    @property
+    def may_have_pages(self) -> bool:
+        """The kernel may have pages of it. Raises OSError where that cannot be listed."""
+        return self._may_have_pages
+
+    @may_have_pages.setter
+    def may_have_pages(self, may: bool) -> None:
+        if self.listed is not None:
+            if may:
+                self.listed.add(self.fid.ino)
+            else:
+                self.listed.remove(self.fid.ino)
+        self._may_have_pages = may
 
     @property
     def opens(self) -> tuple[int, int]:

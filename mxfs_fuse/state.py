@@ -110,6 +110,7 @@ class State:
             if self.before_forget(node):
                 return
             del self.nodes[ino]
+            node.may_have_pages = False  # they went with the kernel's inode
             if self.lower is None:
                 self.locks.run(self.locks.cache.forget(now_ms(), ino))
 

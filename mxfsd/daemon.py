@@ -188,6 +188,7 @@ class Daemon:
         self.spawn(self._guard())
         log.info("joined", slot=self.slot, home=self.home_slot, addresses=[str(a) for a in addresses])
         await self._until_mounted()
+        await self.heartbeat.watch_fuse(self.fuse.pid, self.fuse.take_cache_fds())
 
     async def _start_finder(self, keys: VolumeKeys, address: Address) -> None:
         def describe() -> Announcement:
@@ -246,6 +247,7 @@ class Daemon:
 
     async def shut_down(self) -> None:
         """Leave the volume in good order: a home hands over, or unmounts and frees the lease."""
+        await self._caches_ended()
         if self.home is not None:
             await self._leave_as_home()
         if self.client is not None:
@@ -272,6 +274,16 @@ class Daemon:
             await asyncio.to_thread(self.lockspace.release_slot, self.held.record)
         self._release_device()
         self.lockspace.close()
+
+    async def _caches_ended(self) -> None:
+        """Before a node whose FUSE layer is dead says good-bye: nothing that its kernel cached can be read any more."""
+        if self.fuse is None or not self.fuse.gone.is_set() or self.heartbeat is None:
+            return
+        try:
+            await self.heartbeat.caches_ended()
+        except MxfsError as exc:
+            log.warning("the caches of the mount may outlive it; its lease ends first", reason=str(exc))
+            await asyncio.sleep(self.timeouts.lease_ms / 1000)
 
     async def _leave_as_home(self) -> None:
         """Hand over to another node where there is one, else unmount and free the lease."""
@@ -762,6 +774,8 @@ class Daemon:
         until = self.client_lease_until_ms if self.home is None else self._home_lease_until_ms()
         left = max(0, until - now_ms())
         self.fuse.record(NodeStatus(self.slot, NodeState.ACTIVE, self.epoch, self.home_slot, left))
+        if self.heartbeat is not None:
+            self.heartbeat.tell_lease(until)
 
     def _on_heartbeat(self, event: HeartbeatEvent) -> None:
         if event.name == "died":
@@ -771,7 +785,9 @@ class Daemon:
             log.error("this node is out", event_name=event.name, reason=event.reason)
             self._crash_lower()
             self.fail(f"{event.name}: {event.reason}")
-        elif event.name in ("io_error", "stalled", "lower_down"):
+        elif event.name == "lower_down":
+            log.error("the lower mount was shut down", reason=event.reason)
+        elif event.name in ("io_error", "stalled"):
             log.warning("the lockspace does not answer", event_name=event.name, age_ms=event.age_ms)
             if event.age_ms >= self.timeouts.lease_ms and self.members is not None:
                 self._disk_away = True

@@ -23,6 +23,7 @@ from mxfs_proto.frames import Frame, FrameType, pack_json, unpack_json
 from mxfs_proto.ondisk import volume_id
 from mxfs_proto.records import DaemonReady, Record, RecoveryDone, RecoveryStart
 from mxfsd import rundir
+from mxfsd.caches import DESCRIPTORS
 from mxfsd.io.netlink import NetlinkEndpoint
 from mxfsd.io.unixconn import UnixFrameConnection, UnixFrameServer
 
@@ -63,6 +64,7 @@ class FuseLink:
         self.mounted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.attached = asyncio.Event()
         self.gone = asyncio.Event()
+        self._cache_fds: list[int] = []
         self._resumed = False
         self._netlink_ended = False
         self._leaving = False
@@ -159,6 +161,14 @@ class FuseLink:
         callback, self._on_gone = self._on_gone, lambda _reason: None
         callback(reason)
 
+    def take_cache_fds(self) -> list[int]:
+        """Return what the caches of the mount can be ended with (`mxfsd.caches`), now the caller's to close.
+
+        Whoever keeps them from being closed keeps the kernel from noticing that the FUSE layer is dead.
+        """
+        fds, self._cache_fds = self._cache_fds, []
+        return fds
+
     def close(self) -> None:
         """Stop listening and talking; the FUSE process is ended if it still runs."""
         if self._server is not None:
@@ -197,14 +207,16 @@ class FuseLink:
     def _lost(self, _conn: UnixFrameConnection, _error: MxfsError | None) -> None:
         self._conn = None
 
-    def _frame(self, _conn: UnixFrameConnection, frame: Frame) -> None:
+    def _frame(self, conn: UnixFrameConnection, frame: Frame) -> None:
         if frame.type is FrameType.FUSE_HELLO:
             self._hello = unpack_json(frame.payload)
+            self._cache_fds = conn.take_fds(int(self._hello.get("fds", 0)))
             self.continues = int(self._hello.get("incarnation", 0))
             if not self._said_hello.done():
                 self._said_hello.set_result(None)
             self._greet()
         elif frame.type is FrameType.FUSE_READY:
+            self._cache_fds = conn.take_fds(DESCRIPTORS)
             if not self.mounted.done():
                 self.mounted.set_result(None)
         elif frame.type is FrameType.REFUSE:

@@ -29,6 +29,7 @@ from dataclasses import asdict
 from mxfs_proto.errors import IoFailure, MediaError, MisuseError, MxfsError
 from mxfs_proto.ondisk import Address, LeaseState, SlotRecord, SlotState
 from mxfsd import rundir
+from mxfsd.caches import DESCRIPTORS, CacheGuard
 from mxfsd.core.keeper import Duty, Keeper, LeaseLost, SlotLost, Stalled
 from mxfsd.core.lease import HeldLease, HeldSlot, same_lease
 from mxfsd.core.timeouts import Timeouts
@@ -82,6 +83,8 @@ class Beater:
     ) -> None:
         self.clock = clock
         self.guard = guard
+        # The FUSE layer begins kernel_cache_ms / 8 before the end of its lease; the home waits a beat longer than that.
+        self.caches = CacheGuard(timeouts.kernel_cache_ms // 16, timeouts.heartbeat_ms // 2, clock)
         self.run_dir = ""
         """Where the processes of this node find each other; empty where there is none."""
         self.lockspace = lockspace
@@ -354,6 +357,7 @@ def serve(beater: Beater, outbox: Outbox, parent: int) -> int:
     poll = select.poll()
     for fd in (outbox.sock.fileno(), outbox.wake_fd, parent):
         poll.register(fd, select.POLLIN)
+    fuse = -1
     period = beater.timeouts.heartbeat_ms
     warned = 0
     while beater.exit_code is None:
@@ -362,9 +366,16 @@ def serve(beater: Beater, outbox: Outbox, parent: int) -> int:
         # The time comes before everything else: the disk thread may hang, and this process may have been stopped.
         beater.check_time()
         outbox.drain()
+        if fuse >= 0 and fuse in ready:
+            poll.unregister(fuse)
+            beater.caches.fuse_ended()
+        beater.caches.check()
         gone = parent in ready
         if not gone and outbox.sock.fileno() in ready:
             gone = not receive(beater, outbox.sock)
+            if fuse != beater.caches.pidfd and beater.caches.pidfd >= 0:
+                poll.register(beater.caches.pidfd, select.POLLIN)
+            fuse = beater.caches.pidfd
         if gone:
             return gasp(beater, thread)
         if not thread.is_alive() and beater.exit_code is None:
@@ -384,9 +395,9 @@ def serve(beater: Beater, outbox: Outbox, parent: int) -> int:
 def _wait_ms(beater: Beater, unsent: bool) -> int:
     """Return for how long nothing need be looked at."""
     wait = _MIN_WAIT_MS if unsent else beater.timeouts.heartbeat_ms // 2
-    at = beater.keeper.fence_at_ms
-    if beater.guard.armed and at is not None:
-        left = at - beater.clock()
+    now = beater.clock()
+    dues = [beater.keeper.fence_at_ms if beater.guard.armed else None, beater.caches.due_ms]
+    for left in [due - now for due in dues if due is not None]:
         wait = min(wait, left if left > 0 else _MIN_WAIT_MS)
     return wait
 
@@ -394,7 +405,7 @@ def _wait_ms(beater: Beater, unsent: bool) -> int:
 def receive(beater: Beater, sock: socket.socket) -> bool:
     """Pass one command on, or obey it if it needs no disk; return False when the daemon has closed its end."""
     try:
-        data, fds, _flags, _address = socket.recv_fds(sock, MAX_DATAGRAM, 1, socket.MSG_DONTWAIT)
+        data, fds, _flags, _address = socket.recv_fds(sock, MAX_DATAGRAM, DESCRIPTORS, socket.MSG_DONTWAIT)
     except BlockingIOError:
         return True
     except OSError:
@@ -406,29 +417,44 @@ def receive(beater: Beater, sock: socket.socket) -> bool:
         name, answer = command.get("cmd"), {"ack": command.get("id")}
     except (ValueError, AttributeError):
         return True
-    if name != "arm":
-        while fds:
-            os.close(fds.pop())
-    if name not in ("arm", "disarm"):
-        beater.commands.put(command)
-        return True
     try:
-        if name == "disarm":
-            beater.guard.disarm()
-        else:
-            beater.guard.arm(fds[0])
+        if name == "arm":
+            beater.guard.arm(fds.pop(0))
             beater.check_time()
             if beater.guard.fenced:
                 answer["error"] = "the lease was over before the lower mount came"
-    except (IndexError, MisuseError, IoFailure) as error:
+        elif name == "disarm":
+            beater.guard.disarm()
+        elif name == "watch_fuse":
+            taken, fds = fds, []
+            beater.caches.watch(command["pid"], taken)
+        elif name == "lease":
+            beater.caches.tell(command["until_ms"])
+            return True
+        elif name == "caches":
+            threading.Thread(target=_answer_when_settled, args=(beater, answer), daemon=True).start()
+            return True
+        else:
+            beater.commands.put(command)
+            return True
+    except (IndexError, KeyError, MisuseError, IoFailure) as error:
         answer["error"] = str(error)
+    finally:
+        for fd in fds:
+            os.close(fd)
     beater.post.put(answer)
     return True
 
 
+def _answer_when_settled(beater: Beater, answer: Message) -> None:
+    if not beater.caches.settle():
+        answer["error"] = "what the kernel caches of the mount could not be dropped"
+    beater.post.put(answer)
+
+
 def gasp(beater: Beater, thread: threading.Thread) -> int:
-    """The daemon died: shut the lower mount down, and say so in the slot, so that others need not wait for our counter
-    to stand still."""
+    """The daemon died: shut the lower mount down, see that nothing cached is served here any more, and say so in the
+    slot, so that others need not wait for our counter to stand still."""
     at = beater.keeper.fence_at_ms
     try:
         beater.guard.flush_and_fence(0 if at is None else (at - beater.clock()) / 1000)
@@ -438,8 +464,9 @@ def gasp(beater: Beater, thread: threading.Thread) -> int:
         # The FUSE layer must know whether what was written through it is on the disk.
         with suppress(OSError):  # it then takes it for lost
             rundir.remember(beater.run_dir, rundir.FLUSHED, os.getpid())
-    beater.commands.put({"cmd": "gasp"})
-    thread.join(beater.timeouts.io_timeout_ms / 1000)
+    if beater.caches.settle():
+        beater.commands.put({"cmd": "gasp"})
+        thread.join(beater.timeouts.io_timeout_ms / 1000)
     return EXIT_PARENT_DIED
 
 

@@ -1,13 +1,14 @@
 """The daemon's side of the heartbeat process: starts it, sends commands, hands on reports and events."""
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -220,12 +221,36 @@ class HeartbeatClient:
         was shut down), or the watchdog cannot be used.
         """
         self.armed = True
-        await self._command("arm", fd=lower_fd)
+        await self._command("arm", fds=[lower_fd])
 
     async def disarm(self) -> None:
         """Have the process close its descriptor of the lower mount, which is left in good order. Raises IoFailure."""
         await self._command("disarm")
         self.armed = False
+
+    async def watch_fuse(self, pid: int, fds: list[int]) -> None:
+        """Have the process end the caches of the mount that FUSE process *pid* serves, when that cannot do it itself.
+
+        *fds* (``mxfsd.caches.DESCRIPTORS``) are closed here: nobody else may keep them. Raises IoFailure.
+        """
+        try:
+            await self._command("watch_fuse", fds=fds, pid=pid)
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    def tell_lease(self, until_ms: int) -> None:
+        """What the kernel caches here may be used until then (now_ms clock)."""
+        if self._sock is not None:
+            with contextlib.suppress(OSError):  # full, or gone: the last one told counts, which is earlier
+                self._sock.send(json.dumps({"cmd": "lease", "until_ms": until_ms}).encode())
+
+    async def caches_ended(self) -> None:
+        """Return when nothing that the kernel caches can be read any more; the FUSE layer is dead, or frozen.
+
+        Raises IoFailure: it still may be.
+        """
+        await self._command("caches")
 
     async def leave(self) -> None:
         """Write LEFT into the slot and end the process. Raises IoFailure if that was not to be written.
@@ -256,7 +281,9 @@ class HeartbeatClient:
                 pass
         self._close("was ended")
 
-    async def _command(self, name: str, *, limit_ms: int = 0, fd: int = -1, **arguments: object) -> dict[str, Any]:
+    async def _command(
+        self, name: str, *, limit_ms: int = 0, fds: Sequence[int] = (), **arguments: object
+    ) -> dict[str, Any]:
         """Send a command and return the answer; one beat may be in the way, so node_dead_ms is the limit."""
         if self._sock is None:
             raise IoFailure("the heartbeat process is not running")
@@ -266,7 +293,7 @@ class HeartbeatClient:
         self._acks[number] = future
         try:
             data = json.dumps({"cmd": name, "id": number, **arguments}).encode()
-            socket.send_fds(self._sock, [data], [fd] if fd >= 0 else [])
+            socket.send_fds(self._sock, [data], fds)
             answer = await asyncio.wait_for(future, (limit_ms or self.timeouts.node_dead_ms) / 1000)
         except TimeoutError as error:
             raise IoFailure(f"the heartbeat process did not answer {name!r}: does the disk hang?") from error

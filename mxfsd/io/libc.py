@@ -83,6 +83,16 @@ def mount_detached(source: str, readonly: bool, *, exclusive: bool = True) -> in
         os.close(mnt)
 
 
+def mount_virtual(kind: str) -> int:
+    """Mount a file system without a device in no namespace; return the mount's descriptor (O_PATH). Raises OSError."""
+    ctx = _check(_libc.syscall(_SYS_FSOPEN, os.fsencode(kind), _FSOPEN_CLOEXEC), f"fsopen {kind}")
+    try:
+        _check(_libc.syscall(_SYS_FSCONFIG, ctx, _FSCONFIG_CMD_CREATE, None, None, 0), f"mounting {kind}")
+        return _check(_libc.syscall(_SYS_FSMOUNT, ctx, _FSMOUNT_CLOEXEC, 0), "fsmount")
+    finally:
+        os.close(ctx)
+
+
 def generation_at(dir_fd: int, name: bytes) -> int:
     """Return the XFS generation of *name* under *dir_fd* (of *dir_fd* itself where name is empty)."""
     buf = ctypes.create_string_buffer(_HANDLE_ROOM)

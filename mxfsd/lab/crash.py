@@ -11,8 +11,9 @@ import signal
 import stat
 from contextlib import suppress
 
+from mxfs_fuse.kernel import open_abort
 from mxfs_proto.errors import IoFailure
-from mxfsd import procs, spawn
+from mxfsd import mountinfo, procs, spawn
 
 XFS_IOC_GOINGDOWN = 0x8004587D  # _IOR('X', 125, __u32), <xfs/xfs_fs.h>
 _NO_LOG_FLUSH = 2
@@ -52,6 +53,7 @@ def crash(mark: str, mountpoint: str, loop: str) -> None:
     # Only the daemon and its helpers are looked into: asking for the status of an application's file on the mount
     # would wait for the FUSE server, which is stopped now.
     shut_down_lower([pid for pid in procs.marked(mark) if procs.has_variable(pid, spawn.TOKEN_ENV)], loop)
+    abort_mounts(mountpoint)
 
     def all_killed() -> bool:
         left = found()
@@ -61,6 +63,22 @@ def crash(mark: str, mountpoint: str, loop: str) -> None:
 
     if not procs.wait_until(all_killed, GONE_S):
         raise IoFailure(f"processes that do not end: {procs.describe(found())}")
+
+
+def abort_mounts(mountpoint: str) -> None:
+    """End the connections of the FUSE mounts at *mountpoint*, and with them what waits for an answer.
+
+    A FUSE server with a thread that waits for a folio of a request which is not answered does not end when it is
+    killed, and who made that request does not either.
+    """
+    for mount in mountinfo.read():
+        if mount.mountpoint == mountpoint and mountinfo.is_mxfs(mount):
+            with suppress(OSError):  # it ended by itself
+                fd = open_abort(mount.device)
+                try:
+                    os.write(fd, b"1")
+                finally:
+                    os.close(fd)
 
 
 def shut_down_lower(pids: list[int], loop: str) -> bool:

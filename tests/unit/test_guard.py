@@ -3,7 +3,6 @@
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import suppress
 
 import pytest
 
@@ -47,11 +46,10 @@ def watchdog(device: WatchdogDevice) -> Watchdog:
 
 @pytest.fixture
 def fd() -> Iterator[int]:
+    """A descriptor that is the guard's once it was given to it."""
     reader, writer = os.pipe()
     yield writer
     os.close(reader)
-    with suppress(OSError):
-        os.close(writer)
 
 
 def is_open(fd: int) -> bool:
@@ -101,6 +99,7 @@ def test_what_cannot_be_shut_down_stays_guarded(fd: int) -> None:
         guard.fence()
     assert guard.armed
     assert not guard.fenced
+    guard.disarm()
 
 
 def test_a_flush_is_followed_by_the_sure_way(fd: int) -> None:
