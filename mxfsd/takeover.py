@@ -79,6 +79,7 @@ class Succession:
         self._wait_ms = 0
         self._members: set[int] | None = None
         self._victim: Victim | None = None
+        self._fence_work: tuple[Victim, asyncio.Future[None]] | None = None
         self.began_ms = 0
         """When the last takeover began: the home was declared dead, or its lease was found free."""
         self.served_ms = 0
@@ -148,8 +149,16 @@ class Succession:
 
     async def _fence(self, victim: Victim) -> list[Effect]:
         log.warning("fencing the home", peer=victim.slot, verdict=victim.verdict.name, agent=self._daemon.fencing.name)
+        if self._fence_work is None or self._fence_work[0] != victim or self._fence_work[1].done():
+            work = asyncio.ensure_future(asyncio.to_thread(self._daemon.fencing.fence, victim))
+            self._fence_work = (victim, work)
         try:
-            await asyncio.to_thread(self._daemon.fencing.fence, victim)
+            # A command that the kernel does not end keeps its thread: it is waited for again, not sent again.
+            await asyncio.wait_for(asyncio.shield(self._fence_work[1]), self._daemon.timeouts.node_dead_ms / 1000)
+        except TimeoutError:
+            log.error("the fence does not come to an end: the home counts as alive", peer=victim.slot)
+            self._machine.fence_failed()
+            return []
         except MxfsError as exc:
             log.error("the home could not be fenced", peer=victim.slot, reason=str(exc))
             self._machine.fence_failed()
