@@ -510,7 +510,7 @@ class Fuse:
             if reply == "unstable":
                 self.keep(ino, index, number)
             ledger.done(self, number, [(ino, index)], reply == "stable")
-            if reply == "unstable" and not covers(self.cache.data_mode(ino), PW):
+            if reply == "unstable" and (self.home_here or not covers(self.cache.data_mode(ino), PW)):
                 yield from self.commit(ino)
         if pin is not None:
             self.unpin(*pin)

@@ -441,6 +441,7 @@ class Mount:
         """XFS does not survive an I/O error."""
         self.shut_down(why)
         node = self.world.nodes[self.host.number]
+        node.local_loss()
         self.world.engine.at(5, node.lower_failed, self, proc=node.heart)
 
     def shut_down(self, why: str) -> None:

@@ -110,7 +110,8 @@ class Faults:
 
     def flip(self) -> None:
         rng = self.engine.rng
-        lease = rng.random() < 0.4
+        # With both copies of the lease unreadable nobody can be the home any more, until an operator helps.
+        lease = rng.random() < 0.4 and not self.world.disk.tears
         self.world.disk.flip(lease, rng.randrange(2) if lease else rng.randrange(len(self.world.disk.slots)))
 
     def flaky(self) -> None:

@@ -351,28 +351,26 @@ class Home:
         """Run an operation under its locks, and answer it. *opens*: what the asking node has open."""
         held: list[tuple[int, int]] = []
         grants: list[tuple[int, int, int]] = []
-        try:
-            if not (yield from self.lock(slot, op, held)):
-                self.sessions.abandon(session, seq)
-                return
+        reply, durable = None, False
+        # No "finally" here: a task of a dead process is collected at any moment, and must not do anything then.
+        if (yield from self.lock(slot, op, held)):
             yield self.world.engine.rng.choice((0, 0, 1))
             ino = op[1] if op[0] in ("truncate", "append", "write", "read") else 0
             if ino and self.mount.writer.get(ino, session) != session and self.rules.commit_others:
                 yield from self.mount.fsync(ino)
-            if not self.may_act():
-                return
-            reply, durable = yield from self.perform(slot, session, seq, ack, number, (op, opens), grants)
-        finally:
-            for op_id, held_ino in held:
-                self.ops.pop(op_id, None)
-                self.run(self.master.op_release(self.world.engine.now, op_id, held_ino))
-            self.tasks -= 1
-        if durable and self.rules.force and not (yield self.mount.force()):
+            if self.may_act():
+                reply, durable = yield from self.perform(slot, session, seq, ack, number, (op, opens), grants)
+        else:
+            self.sessions.abandon(session, seq)
+        for op_id, held_ino in held:
+            self.ops.pop(op_id, None)
+            self.run(self.master.op_release(self.world.engine.now, op_id, held_ino))
+        self.tasks -= 1
+        if reply is None or (durable and self.rules.force and not (yield self.mount.force())):
             return  # not answered: whether it happened is for the next home to say
-        if reply is not None:
-            answer = (reply, tuple(grants))
-            self.sessions.done(session, seq, pickle.dumps(answer), repeatable=op[0] not in (*ONCE, "write"))
-            self.reply(link, slot, session, seq, answer)
+        answer = (reply, tuple(grants))
+        self.sessions.done(session, seq, pickle.dumps(answer), repeatable=op[0] not in (*ONCE, "write"))
+        self.reply(link, slot, session, seq, answer)
 
     def perform(
         self, slot: int, session: int, seq: int, ack: int, number: int, what: tuple[Any, Any], grants: list[Any]
@@ -459,6 +457,7 @@ class Home:
         held: list[tuple[int, int]] = []
         yield from self.lock(0, ("reap", ino), held)
         if self.may_act() and not self.is_open(ino):
+            self.world.engine.note(f"home{self.epoch}", f"frees inode {ino}")
             self.mount.txn((("o", ino), None), (("i", ino), None), (("s", ino), None))
         for op_id, _ in held:
             self.run(self.master.op_release(self.world.engine.now, op_id, ino))

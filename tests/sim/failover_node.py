@@ -277,7 +277,6 @@ class Node:
     def lower_failed(self, mount: Mount) -> None:
         """The lower file system shut itself down: this daemon cannot be the home any more."""
         if self.mount is mount and self.home is not None and not self.home.over:
-            self.local_loss()
             self.restart_daemon(own=True)
 
     def local_loss(self) -> None:
@@ -331,10 +330,13 @@ class Node:
     def _shut_and_restart(self, keeper: Keeper | None, own: bool) -> Steps:
         """GOINGDOWN with a log flush while the lease allows it, then without; then the last gasp."""
         mount, engine = self.mount, self.world.engine
-        if mount is not None and not mount.down and not own:
+        until = keeper.fence_at_ms if keeper is not None else None
+        if keeper is not None:
+            keeper.let_go()  # what its daemon does not hold any more is not renewed
+        if mount is not None and not mount.down and not own and until is not None:
             flushed = Future()
             engine.spawn(self._flush(mount, flushed), self.kernel)
-            while not flushed.done and self.lease_valid():
+            while not flushed.done and not mount.down and self.clock() < until:
                 yield 10
             if not flushed.done:
                 self.local_loss()
@@ -522,6 +524,8 @@ class Node:
         owner = snap.slot(lease.owner_slot) or self.known.get(lease.owner_slot)
         silent = self.watch.age_ms(0) >= dead and self.watch.age_ms(lease.owner_slot) >= dead
         same = owner is not None and (owner.node_uuid, owner.incarnation) == (lease.owner_uuid, lease.incarnation)
+        if same and lease.owner_slot == self.slot and lease.incarnation == self.incarnation:
+            return Verdict.NONE, None  # a claim of ours that was given up
         key = owner.pr_key if owner is not None and same else 0
         if owner is not None and ((same and owner.state in GONE) or (not same and owner.state is not SlotState.CLAIMING)):
             return Verdict.FAILED, Victim(lease.owner_slot, lease.incarnation, key, Verdict.FAILED)
