@@ -25,7 +25,8 @@ class _Pending:
         self.parts = parts
         self.future = future
         self.kept = kept
-        """Whoever started it keeps what is needed to do it again, and does so when its effect may be lost."""
+        """Whoever started it keeps what is needed to do it again, and does so when its effect may be lost. Then it ends
+        the future too, and the operation is not sent any more."""
 
 
 class OperationLink:
@@ -74,13 +75,9 @@ class OperationLink:
         self._open = True
         for seq, pending in sorted(self._pending.items()):
             if pending.kept and pending.future.done():
-                del self._pending[seq]  # it was settled otherwise, and must not be executed any more
+                del self._pending[seq]
             else:
                 self._send(seq, pending.parts)
-
-    def withdraw_kept(self) -> None:
-        """Forget the unanswered operations that were started as *kept*: their futures are left to who started them."""
-        self._pending = {seq: pending for seq, pending in self._pending.items() if not pending.kept}
 
     def _send(self, seq: int, parts: list[bytes], ahead: bool = False) -> None:
         if (self._open or (ahead and self._resuming)) and self._conn is not None:
@@ -105,7 +102,8 @@ class OperationLink:
     ) -> asyncio.Future[tuple[list[Grant], list[Any]]]:
         """Send *op*, return the future of what ``ship`` returns. Operations reach the home in the order of sending.
 
-        *kept*: see withdraw_kept(). *ahead*: send it now, though others wait for proceed().
+        *kept*: where somebody else ends its future it is not sent again. *ahead*: send it now, though others wait for
+        proceed().
         """
         if self.before_send is not None and not ahead:
             self.before_send()

@@ -51,6 +51,7 @@ _MAX_TASKS = 1 << 20
 _RECLAIM_ROWS = 50_000
 _CONNECT_TRIES = 200
 _CONNECT_S = 0.02
+_COMMIT_S = 30.0
 
 
 class Resume(NamedTuple):
@@ -177,11 +178,23 @@ class Server:
             if self._conn is None:
                 self._daemon_gone()
             await main
+            await self._commit()
             ticks.cancel()
             if self._reattaching is not None:
                 self._reattaching.cancel()
         finally:
             pyfuse3.close(unmount=True)
+
+    async def _commit(self) -> None:
+        """Unmounted: what was written here is durable then, as on any file system."""
+        assert self.state is not None and self.operations is not None
+        if self.state.dead:
+            return
+        try:
+            async with asyncio.timeout(_COMMIT_S):
+                await self.operations.io.writes.commit_all()
+        except (OSError, TimeoutError) as exc:
+            log.error("not everything written here is durable", bytes=self.state.unstable.total, reason=str(exc))
 
     async def _ticks(self) -> None:
         """Forgotten locks go back, requests without an answer are sent again."""

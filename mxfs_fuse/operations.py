@@ -334,9 +334,11 @@ class Operations(pyfuse3.Operations):
             return new
         await self.io.writes.before_change(node)
         self.state.own_change(node)
-        _, (shipped,) = await state.link.ship(Op.SETATTR, _ANYBODY, _ANYBODY, (*node.fid, *values))
+        try:
+            _, (shipped,) = await state.link.ship(Op.SETATTR, _ANYBODY, _ANYBODY, (*node.fid, *values))
+        finally:
+            node.end_seq = -1
         self.state.own_change(node)
-        node.end_seq = -1
         return cast(Attr, shipped)
 
     @_errno_boundary

@@ -306,7 +306,6 @@ class ShippedWrites:
 
     async def before_change(self, node: Node) -> None:
         """This node changes attributes: a replay would bring back data cut off, times, and take set-id bits away."""
-        node.end_seq = -1
         await self.commit(node)
 
     async def _fsync(self, fid: Fid) -> None:
@@ -408,7 +407,6 @@ class ShippedWrites:
             self._replay = None
         if epoch == self._has_it_all:
             return False
-        self.state.link.withdraw_kept()
         files = list(self.kept.files())
         if self.state.lower is not None or not files:
             for fid in files:

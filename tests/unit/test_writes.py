@@ -63,8 +63,18 @@ async def test_unanswered_writes_keep_their_place(rig: Rig) -> None:
     await rig.run()
     assert bytes(rig.home.cache) == b"C" * 20_000
     assert rig.node.behind == 0
+    assert rig.home.names[3:] == ["WRITE"] * 3, "and not once more behind that"
     await rig.do(rig.io.flush(FH))
     del first, third
+
+
+async def test_a_batch_keeps_its_place_before_a_large_write(rig: Rig) -> None:
+    await rig.write(0, b"first")
+    await rig.write(0, b"batched")
+    await rig.write(0, b"L" * 20_000)
+    rig.crash()
+    await rig.run()
+    assert bytes(rig.home.cache) == b"L" * 20_000
 
 
 async def test_a_writer_that_waits_gets_the_answer_of_the_replay(rig: Rig) -> None:
@@ -324,6 +334,14 @@ async def test_many_files_are_committed_at_once(rig: Rig, monkeypatch: pytest.Mo
     rig.writes._tick()
     await rig.run()
     assert rig.home.names == ["SYNC"]
+    assert rig.state.unstable.total == 0
+
+
+async def test_everything_is_committed_at_the_end(rig: Rig) -> None:
+    await rig.write(0, b"A" * 20_000)
+    await rig.write(0, b"batched")
+    await rig.do(rig.writes.commit_all())
+    assert bytes(rig.home.disk[:10]) == b"batchedAAA"
     assert rig.state.unstable.total == 0
 
 
