@@ -157,6 +157,7 @@ class Daemon:
         logging.context.volume = str(self.volume)
         logging.context.node = self.name
         self.fuse = FuseLink(self.run_dir, self.volume, self._on_fuse_frame, self._on_fuse_record, self._on_fuse_gone)
+        self.fuse.on_broken = self.fail
         kernel = [word for word in self.options.kernel if word not in ("sync", "dirsync")]
         if self.options.read_only:
             kernel.append("ro")

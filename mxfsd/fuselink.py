@@ -30,6 +30,7 @@ from mxfsd.io.unixconn import UnixFrameConnection, UnixFrameServer
 log = structlog.get_logger(__name__)
 
 SOCKET_NAME = "daemon.sock"
+_LOST_S = 1.0
 
 
 class FuseLink:
@@ -69,6 +70,8 @@ class FuseLink:
         self._netlink_ended = False
         self._leaving = False
         self.pid = 0
+        self.on_broken: Callable[[str], None] = lambda _reason: None
+        """Called when it lives and its connection is lost."""
         self.crashed = False
         """It ended without having been unmounted; known when ``gone`` is set."""
         self.adopted = False
@@ -173,6 +176,7 @@ class FuseLink:
         """Stop listening and talking; the FUSE process is ended if it still runs."""
         if self._server is not None:
             self._server.close()
+            self._server = None
         if self._conn is not None:
             self._conn.close()
         if self._netlink is not None:
@@ -204,8 +208,15 @@ class FuseLink:
         self._conn = conn
         conn.start(self._frame, self._lost)
 
-    def _lost(self, _conn: UnixFrameConnection, _error: MxfsError | None) -> None:
+    def _lost(self, _conn: UnixFrameConnection, error: MxfsError | None) -> None:
         self._conn = None
+        # As a rule the process has ended, and its pidfd says so in a moment.
+        asyncio.get_running_loop().call_later(_LOST_S, self._broken, str(error) if error is not None else "closed")
+
+    def _broken(self, reason: str) -> None:
+        """It lives, but the connection does not: both sides have to begin anew."""
+        if self._server is not None and not self.gone.is_set() and not self._leaving:
+            self.on_broken(f"connection to the FUSE layer lost: {reason}")
 
     def _frame(self, conn: UnixFrameConnection, frame: Frame) -> None:
         if frame.type is FrameType.FUSE_HELLO:

@@ -234,10 +234,11 @@ class HomeRole:
             self.service.reap_if_closed(ino)
 
     def greet(self, node: int, incarnation: int, continues: int = 0) -> None:
-        """A node connected. An earlier incarnation of it is gone, with all it held, unless this one *continues* it:
-        then its FUSE layer is the same, and names what it holds again."""
+        """A node connected. An earlier incarnation of it is gone, with all it held, unless this one *continues* it, or
+        one that it continued: then its FUSE layer is the same, and names what it holds again. The membership has found
+        that to be true."""
         before = self._incarnations.get(node)
-        if before is not None and before not in (incarnation, continues):
+        if before is not None and before != incarnation and not continues:
             self.node_gone(node)
         self._incarnations[node] = incarnation
 

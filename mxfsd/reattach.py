@@ -21,6 +21,7 @@ import structlog
 from mxfs_proto.errors import MxfsError, Refusal
 from mxfs_proto.ondisk import SlotState
 from mxfsd import mountinfo, rundir
+from mxfsd.core.lease import ENDED
 from mxfsd.guard import LowerGuard
 from mxfsd.io.clock import now_ms
 
@@ -58,6 +59,7 @@ async def start_fuse(daemon: "Daemon", kernel_options: tuple[str, ...]) -> None:
     log.info("going on with a FUSE layer", fuse_pid=before.pid)
     await daemon.fuse.adopt(before, daemon.timeouts.restart_ms / 1000)
     await _heartbeat_ended(daemon)
+    await asyncio.to_thread(still_a_member, daemon)
 
 
 async def _heartbeat_ended(daemon: "Daemon") -> None:
@@ -106,11 +108,28 @@ def _say_restarting(daemon: "Daemon") -> None:
 
 
 def check_slot(daemon: "Daemon") -> None:
-    """The locks of a FUSE layer are those of a slot: they cannot go on in another one. Raises Refusal."""
+    """The locks of a FUSE layer are those of a slot: they cannot go on in another one. Raises Refusal.
+
+    That nobody took the slot meanwhile, `still_a_member` has seen before it was claimed.
+    """
     assert daemon.fuse is not None
     before = daemon.fuse.slot
     if daemon.fuse.continues and before != daemon.slot:
         raise Refusal(f"this node's slot {before} was given to another node: unmount, and mount again")
+
+
+def still_a_member(daemon: "Daemon") -> None:
+    """Whoever puts a node out takes its slot: what a FUSE layer holds since before is void then. Raises Refusal.
+
+    To be called before the slot is claimed anew. A later home, which does not know who was put out, relies on it.
+    """
+    assert daemon.fuse is not None
+    if not daemon.fuse.continues:
+        return
+    found = daemon.lockspace.read_slots()[daemon.fuse.slot - 1]
+    ours = found is not None and found.node_uuid == daemon.identity.node.bytes and found.state not in ENDED
+    if not ours:
+        raise Refusal(f"this node was put out of the volume (slot {daemon.fuse.slot}): unmount, and mount again")
 
 
 def command(daemon: "Daemon") -> list[str]:

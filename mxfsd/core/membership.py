@@ -165,11 +165,13 @@ class MembershipTimeouts(Protocol):
 
 
 class _Member:
-    __slots__ = ("contact_ms", "fenced", "incarnation", "next_incarnation", "slot_age_ms", "state")
+    __slots__ = ("contact_ms", "fenced", "first", "incarnation", "next_incarnation", "slot_age_ms", "state")
 
     def __init__(self, now_ms: int) -> None:
         self.state = MemberState.ABSENT
         self.incarnation = 0
+        self.first = 0
+        """The oldest incarnation that this one continues: a daemon may die before its FUSE layer knows of it."""
         self.next_incarnation = 0
         self.contact_ms = now_ms
         self.fenced = False
@@ -221,6 +223,7 @@ class Membership:
         """A new home starts with the members of the last one; their leases run from now on, at the latest."""
         member = self._members[node] = _Member(now_ms)
         member.incarnation = incarnation
+        member.first = 0  # the last home knew
         member.state = MemberState.ACTIVE
 
     # -- events ----------------------------------------------------------------------------------------------------
@@ -242,7 +245,7 @@ class Membership:
                 return [Refused(node, incarnation)]
             return self.on_contact(now_ms, node, incarnation)
         if continues and member.incarnation:
-            if continues != member.incarnation or member.state not in _PRESENT:
+            if not member.first <= continues <= member.incarnation or member.state not in _PRESENT:
                 return [Refused(node, incarnation)]
             member.incarnation = member.next_incarnation = incarnation
             member.slot_age_ms = 0
@@ -350,6 +353,7 @@ class Membership:
     def _join(self, now_ms: int, node: int, member: _Member, out: list[MembershipEffect]) -> None:
         self._move(node, member, MemberState.ACTIVE)
         member.incarnation = member.next_incarnation
+        member.first = member.incarnation
         member.contact_ms = now_ms
         member.slot_age_ms = 0
         member.fenced = False

@@ -84,7 +84,8 @@ def test_daemons_are_killed_ten_times(lab: Lab, work: Work) -> None:
             load.wait_for_work(5)
             victim = lab.names[turn % len(lab.names)] if turn % 2 else lab.home()
             lab.crash(victim, "daemon")
-            wait(lambda name=victim: serving(lab, name))  # type: ignore[misc]
+            back = procs.wait_until(lambda name=victim: serving(lab, name), 30)  # type: ignore[misc]
+            assert back, f"{victim} did not come back\n{lab.logs()}"
         load.wait_for_work(10)
     assert load.errors == []
     load.check()

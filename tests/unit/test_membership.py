@@ -93,6 +93,21 @@ def test_a_restarted_daemon_goes_on_with_what_its_fuse_layer_holds() -> None:
     assert member.on_contact(80, 2, 6) == []
 
 
+def test_a_daemon_that_died_before_its_fuse_layer_knew_of_it_is_continued_too() -> None:
+    member = home(2)
+    assert member.on_connected(60, 2, 6, continues=5) == []
+    assert member.on_connected(70, 2, 8, continues=5) == []
+    assert member.on_connected(80, 2, 9, continues=8) == []
+    assert member.on_connected(90, 2, 10, continues=4) == [Refused(2, 10)]
+
+
+def test_a_new_home_takes_a_restarted_daemon_at_the_word_of_its_slot() -> None:
+    member = home()
+    member.expect(0, 2, 6)
+    assert member.on_connected(60, 2, 7, continues=5) == []
+    assert member.on_connected(70, 2, 9, continues=8) == [Refused(2, 9)]
+
+
 def test_a_restarted_daemon_comes_too_late_or_continues_somebody_else() -> None:
     member = home(2)
     assert member.on_connected(10, 2, 7, continues=4) == [Refused(2, 7)]

@@ -21,7 +21,7 @@ from mxfs_fuse.nextdaemon import NextDaemon
 from mxfs_fuse.state import State
 from mxfs_proto.errors import MxfsError, PeerError, Refusal
 from mxfs_proto.frames import Frame, FrameType, pack_json, unpack_json
-from mxfs_proto.ondisk import volume_id
+from mxfs_proto.ondisk import SlotState, volume_id
 from mxfs_proto.ops import Fid, Op
 from mxfs_proto.records import DaemonReady, Record, RecoveryStart
 from mxfsd import greeting, reattach, rundir
@@ -217,6 +217,48 @@ async def test_a_node_that_is_out_tells_its_fuse_layer(tmp_path: Path) -> None:
         assert (both.frames[0].type, unpack_json(both.frames[0].payload)) == (FrameType.REFUSE, {"reason": "put out"})
     finally:
         both.close()
+
+
+async def test_a_connection_that_breaks_is_no_state_to_stay_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mxfsd.fuselink._LOST_S", 0.01)
+    both = Link(tmp_path)
+    broken: list[str] = []
+    both.link.on_broken = broken.append
+    try:
+        adopting = asyncio.create_task(both.adopt())
+        await until(lambda: (tmp_path / "daemon.sock").exists())
+        both.dial(node=3, incarnation=7)
+        await adopting
+        assert both.conn is not None
+        both.conn.close()
+        await until(lambda: broken)
+        assert both.gone == []
+    finally:
+        both.close()
+
+
+@pytest.mark.parametrize(
+    ("state", "node", "member"),
+    [
+        (SlotState.RESTARTING, b"n" * 16, True),
+        (SlotState.FAILED, b"n" * 16, True),
+        (SlotState.FREE, b"n" * 16, False),
+        (SlotState.ACTIVE, b"x" * 16, False),
+        (None, b"", False),
+    ],
+)
+def test_a_node_whose_slot_was_taken_holds_nothing_any_more(state: SlotState | None, node: bytes, member: bool) -> None:
+    record = None if state is None else SimpleNamespace(state=state, node_uuid=node)
+    lockspace = SimpleNamespace(read_slots=lambda: (None, None, record))
+    identity = SimpleNamespace(node=SimpleNamespace(bytes=b"n" * 16))
+    daemon: Any = SimpleNamespace(fuse=SimpleNamespace(continues=6, slot=3), lockspace=lockspace, identity=identity)
+    if member:
+        reattach.still_a_member(daemon)
+    else:
+        with pytest.raises(Refusal, match="put out"):
+            reattach.still_a_member(daemon)
+    daemon.fuse.continues = 0
+    reattach.still_a_member(daemon)
 
 
 def test_a_hello_says_what_it_continues() -> None:
