@@ -505,8 +505,12 @@ class HomeService:
     async def _setattr(self, c: _Context, ino: int, gen: int, valid: int, *rest: int) -> list[Any]:
         await c.lock((ino, LockMode.EX))
         await self.commit_before(ino, c.node)
-        self._begin(c)
         fid = Fid(ino, gen)
+        self._begin(c)
+        if c.intent is not None and valid & Valid.SIZE and 0 < rest[3] < self.lower.getattr(fid).size:
+            # XFS zeroes the rest of the last block on the disk before the transaction that makes the file shorter: the
+            # next home must know that this was begun.
+            await self._forced(self.forcer.changed(c.intent.fid))
         attr = self.lower.setattr(fid, valid, *rest)
         if self._orphans.get(ino) == fid:
             attr = attr._replace(nlink=0)

@@ -239,7 +239,11 @@ class Lower:
             fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode, dir_fd=dfd)
         finally:
             libc.set_fs_ids(0, 0)
-        return fd, attr_of(os.fstat(fd), libc.generation_at(fd, b""))
+        try:
+            return fd, attr_of(os.fstat(fd), libc.generation_at(fd, b""))
+        except OSError:
+            os.close(fd)
+            raise
 
     def mknod(self, parent: Fid, name: bytes, mode: int, rdev: int, uid: int, gid: int) -> Attr:
         """Make a file of any type but a directory or a symbolic link."""
@@ -414,7 +418,11 @@ class Lower:
         """Make one more."""
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
         fd = os.open(_OPS + b"/%x" % number, flags, 0o600, dir_fd=self.mount_fd)
-        fid = Fid(os.fstat(fd).st_ino, libc.generation_at(fd, b""))
+        try:
+            fid = Fid(os.fstat(fd).st_ino, libc.generation_at(fd, b""))
+        except OSError:
+            os.close(fd)
+            raise
         self._files.put(fid, fd)
         return fid
 
@@ -434,6 +442,7 @@ class Lower:
             return
         try:
             os.fsync(fd)
+            self.check_alive()
         except OSError as exc:
             if exc.errno != errno.EINVAL:  # a FIFO opens, and cannot be synced
                 raise
@@ -452,6 +461,12 @@ class Lower:
     def syncfs(self) -> None:
         """Write back everything and wait."""
         libc.syncfs(self.mount_fd)
+        self.check_alive()
+
+    def check_alive(self) -> None:
+        """EIO where XFS has shut down. An fsync under way at that moment may report success although its log was thrown
+        away: it finds its inode unpinned. The shutdown is marked before that, so looking afterwards tells."""
+        os.fstat(self.mount_fd)
 
 
 _thread = threading.local()

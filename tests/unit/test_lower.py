@@ -534,3 +534,23 @@ def test_sync_survives_a_crash_of_the_file_system(device: str, lower: Lower, bas
     finally:
         again.close()
         lower.mount_fd = libc.mount_detached(device, False)
+
+
+@pytest.mark.parametrize("way", ["sync", "syncfs"])
+def test_a_force_during_a_shutdown_is_no_success(
+    device: str, lower: Lower, base: Fid, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """XFS throws the log away and unpins the inode: an fsync that passed its first check then returns 0."""
+    assert not lower.is_shut_down()
+
+    def dies(_fd: int) -> None:
+        fcntl.ioctl(lower.mount_fd, XFS_IOC_GOINGDOWN, (2).to_bytes(4, "little"))
+
+    monkeypatch.setattr(os, "fsync", dies)
+    monkeypatch.setattr(libc, "syncfs", dies)
+    with fails(errno.EIO):
+        lower.sync(base) if way == "sync" else lower.syncfs()
+    assert lower.is_shut_down()
+    monkeypatch.undo()
+    lower.close()
+    lower.mount_fd = libc.mount_detached(device, False)
