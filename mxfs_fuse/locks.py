@@ -285,10 +285,24 @@ class LockClient:
         task.add_done_callback(self._revoked)
         return task
 
-    def drop_pages_of(self, node: Node) -> asyncio.Future[None]:
-        """Drop all pages of a file but those that waiting upcalls have locked (the lock is lost already)."""
-        work = self._in_thread(self._invalidate_ranges, node.fid.ino, _gaps(node.in_flight))
-        return asyncio.ensure_future(work)
+    async def drop_pages_of(self, node: Node) -> None:
+        """Drop all pages of a file but those that waiting upcalls have locked (the lock is lost already).
+
+        The gate is closed, so no upcall is answered meanwhile. One that comes during a pass may have locked what the
+        pass waits for; what lies behind that is dropped by another pass, which leaves it out.
+        """
+        gaps: list[tuple[int, int]] | None = None
+        passes: set[asyncio.Task[None]] = set()
+        while True:
+            now = _gaps(node.in_flight)
+            if now != gaps:
+                gaps = now
+                passes.add(self._pass(node.fid.ino, gaps))
+            ended, _ = await asyncio.wait(passes, timeout=_STUCK_S, return_when=asyncio.FIRST_COMPLETED)
+            if ended:
+                for task in ended:
+                    task.result()
+                return
 
     def drop_attributes(self, inos: list[int]) -> asyncio.Future[None]:
         """Drop every directory entry and the attributes of these inodes."""

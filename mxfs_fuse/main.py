@@ -312,7 +312,11 @@ class Server:
         state = self.state
         assert state is not None
         self._lapsed = True
-        self._drops = [(node, state.locks.drop_pages_of(node)) for node in state.nodes.values() if node.may_have_pages]
+        self._drops = [
+            (node, asyncio.ensure_future(state.locks.drop_pages_of(node)))
+            for node in state.nodes.values()
+            if node.may_have_pages
+        ]
         for node in state.nodes.values():
             node.forget_cached()
         self._drops.append((Node(state.root), state.locks.drop_attributes(list(state.nodes))))
@@ -393,7 +397,11 @@ class Server:
             log.warning("lease runs out: operations wait until the home is heard again")
             state.close_gate()
         state.locks.cache.drop_all()
-        self._drops = [(node, state.locks.drop_pages_of(node)) for node in state.nodes.values() if node.may_have_pages]
+        self._drops = [
+            (node, asyncio.ensure_future(state.locks.drop_pages_of(node)))
+            for node in state.nodes.values()
+            if node.may_have_pages
+        ]
         for node in state.nodes.values():
             node.forget_cached()
         if state.kernel is not None and state.kernel.has_epoch:
