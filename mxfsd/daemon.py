@@ -43,6 +43,7 @@ from mxfsd.fencing import Fencing, choose
 from mxfsd.fencing import leave as leave_fencing
 from mxfsd.finder import Finder
 from mxfsd.fuselink import FuseLink
+from mxfsd.guard import check_watchdog
 from mxfsd.homerole import HomeRole
 from mxfsd.identity import Identity, load_identity
 from mxfsd.io import libc
@@ -161,6 +162,8 @@ class Daemon:
         kernel = [word for word in self.options.kernel if word not in ("sync", "dirsync")]
         if self.options.read_only:
             kernel.append("ro")
+        if self.options.watchdog is not None:
+            check_watchdog(self.options.watchdog)
         await reattach.start_fuse(self, tuple(kernel))
         if self.fencing.warning:
             log.warning(self.fencing.warning)
@@ -175,7 +178,14 @@ class Daemon:
         self.server = PeerServer(self.contexts.server, self._check_peer, self._on_peer)
         bound = self.server.start([("0.0.0.0", self.options.port or 0)])
         calls = (self._on_report, self._on_heartbeat)
-        self.heartbeat = HeartbeatClient(self.device, self.held, self.timeouts, *calls, run_dir=str(self.run_dir))
+        self.heartbeat = HeartbeatClient(
+            self.device,
+            self.held,
+            self.timeouts,
+            *calls,
+            watchdog=self.options.watchdog or "",
+            run_dir=str(self.run_dir),
+        )
         await self.heartbeat.start()
         rundir.remember(self.run_dir, rundir.HEARTBEAT, self.heartbeat.pid)
         addresses = tuple(Address(host, bound[0][1]) for host in own_addresses(self.options.iface))

@@ -9,6 +9,7 @@ also while another thread's GOINGDOWN with flush hangs in the same device. The l
 
 import fcntl
 import os
+import stat
 import struct
 import threading
 from collections.abc import Callable
@@ -38,6 +39,16 @@ def _is_down(fd: int) -> bool:
     except OSError:
         return True
     return False
+
+
+def check_watchdog(path: str) -> None:
+    """Refuse what cannot be a watchdog before anybody relies on it; opening it would arm it. Raises MisuseError."""
+    try:
+        fits = stat.S_ISCHR(os.stat(path).st_mode)
+    except OSError as error:
+        raise MisuseError(f"watchdog={path}: {error.strerror}") from error
+    if not fits:
+        raise MisuseError(f"watchdog={path}: not a character device")
 
 
 class WatchdogDevice:

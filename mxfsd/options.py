@@ -21,7 +21,20 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 
 FENCING_NAMES = ("auto", "pr", "lease")
 
-_OWN = ("iface", "port", "multicast", "broadcast", "peer", "timeouts", "fencing", "prdev", "node", "state", "log")
+_OWN = (
+    "iface",
+    "port",
+    "multicast",
+    "broadcast",
+    "peer",
+    "timeouts",
+    "fencing",
+    "prdev",
+    "watchdog",
+    "node",
+    "state",
+    "log",
+)
 
 _KERNEL_FLAGS = {
     "nodev": ("nodev", "dev"),
@@ -87,6 +100,8 @@ class MountOptions:
     pr_device: str | None = None
     """Where the disk's persistent reservations are asked for, if not at the device itself: a path or an iscsi URL."""
     node: str | None = None
+    watchdog: str | None = None
+    """A watchdog device that resets this host when it is home and its heartbeats stop (docs/timeouts.md)."""
     state: str | None = None
     log: str = "info"
     kernel: tuple[str, ...] = ()
@@ -109,6 +124,7 @@ class MountOptions:
             ("multicast", self.multicast),
             ("broadcast", self.broadcast),
             ("prdev", self.pr_device),
+            ("watchdog", self.watchdog),
             ("node", self.node),
             ("state", self.state),
         ):
@@ -172,6 +188,9 @@ def _checked(values: dict[str, str], peers: tuple[str, ...], read_only: bool, ke
     node = values.get("node")
     if node is not None and (len(node.encode()) > _NODE_NAME_MAX or not node.isprintable() or "/" in node):
         _refuse(f"node={node}: a node's name is printable, without '/', of at most {_NODE_NAME_MAX} bytes")
+    watchdog = values.get("watchdog")
+    if watchdog is not None and not watchdog.startswith("/"):
+        _refuse(f"watchdog={watchdog}: must be the absolute path of a watchdog device, such as /dev/watchdog")
     state = values.get("state")
     if state is not None and not state.startswith("/"):
         _refuse(f"state={state}: must be an absolute path")
@@ -195,6 +214,7 @@ def _checked(values: dict[str, str], peers: tuple[str, ...], read_only: bool, ke
         timeouts=_one_of("timeouts", values.get("timeouts", "default"), TIMEOUT_NAMES),
         fencing=_one_of("fencing", values.get("fencing", "auto"), FENCING_NAMES),
         pr_device=values.get("prdev"),
+        watchdog=watchdog,
         node=node,
         state=state,
         log=_one_of("log", values.get("log", "info"), LOG_LEVELS),

@@ -8,7 +8,7 @@ import pytest
 
 from mxfs_proto.errors import IoFailure, MisuseError
 from mxfsd.core.timeouts import Timeouts
-from mxfsd.guard import FLUSH, NO_FLUSH, LowerGuard, Watchdog, WatchdogDevice
+from mxfsd.guard import FLUSH, NO_FLUSH, LowerGuard, Watchdog, WatchdogDevice, check_watchdog
 
 T = Timeouts.named("default")
 
@@ -176,3 +176,10 @@ def test_unfit_watchdogs_are_refused(device: WatchdogDevice, reason: str, fd: in
     assert not is_open(fd)
     if isinstance(device, FakeDevice) and device.disarmable:
         assert device.told[-2:] == [b"V", "close"]
+
+
+@pytest.mark.parametrize(("path", "reason"), [("/nowhere", "No such file"), ("/etc/passwd", "not a character device")])
+def test_what_is_no_watchdog_is_refused_unopened(path: str, reason: str) -> None:
+    check_watchdog("/dev/null")
+    with pytest.raises(MisuseError, match=f"watchdog={path}: {reason}"):
+        check_watchdog(path)

@@ -536,3 +536,23 @@ def test_lease_ends_with_the_slot(disk: FakeDisk) -> None:
     assert isinstance(held, HeldLease)
     late = HeldLease(held.record, keeper.slot_until_ms)
     assert isinstance(keeper.hold(late, keeper.slot_until_ms + 1), LeaseLost)
+
+
+def test_all_nodes_lose_the_disk_and_nobody_is_dead(disk: FakeDisk) -> None:
+    """The home shuts itself down; when the disk is back, no counter counts as dead, and it gets its lease again."""
+    keeper = keep(disk)
+    held = disk.claim_lease(keeper.record)
+    assert isinstance(held, HeldLease)
+    keeper.hold(held, disk.now)
+    other = Watch(T.lease_ms)
+    other.observe(disk.snapshot())
+    disk.now += 2 * T.node_dead_ms  # no read ends in all this time
+    assert isinstance(keeper.expire(disk.now), LeaseLost)
+    for _ in range(T.node_dead_ms // T.heartbeat_ms - 1):
+        other.observe(disk.snapshot())
+        assert other.age_ms(0) < T.node_dead_ms
+        assert other.age_ms(keeper.record.slot) < T.node_dead_ms
+        disk.now += T.heartbeat_ms
+    again = disk.claim_lease(keeper.record, wait_ms=2 * T.lease_ms)
+    assert isinstance(again, HeldLease)
+    assert again.record.epoch == held.record.epoch + 1
