@@ -285,6 +285,15 @@ class LockClient:
         task.add_done_callback(self._revoked)
         return task
 
+    def may_be_readable(self, node: Node) -> bool:
+        """Whether the kernel may have pages that can be read: it has none left of a file whose lock was given up.
+
+        Dropping such a one again would do harm: the kernel ignores the answer of a GETATTR that was asked before, and
+        goes on reading with the size that it knew before that.
+        """
+        busy = node.revocation is not None or node.serving > 0
+        return node.may_have_pages and (busy or self.cache.data_mode(node.fid.ino) is not LockMode.NL)
+
     async def drop_pages_of(self, node: Node) -> None:
         """Drop all pages of a file but those that waiting upcalls have locked (the lock is lost already).
 

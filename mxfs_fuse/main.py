@@ -315,7 +315,7 @@ class Server:
         self._drops = [
             (node, asyncio.ensure_future(state.locks.drop_pages_of(node)))
             for node in state.nodes.values()
-            if node.may_have_pages
+            if state.locks.may_be_readable(node)
         ]
         for node in state.nodes.values():
             node.forget_cached()
@@ -396,12 +396,9 @@ class Server:
         if state.gate is None:
             log.warning("lease runs out: operations wait until the home is heard again")
             state.close_gate()
+        readable = [node for node in state.nodes.values() if state.locks.may_be_readable(node)]
         state.locks.cache.drop_all()
-        self._drops = [
-            (node, asyncio.ensure_future(state.locks.drop_pages_of(node)))
-            for node in state.nodes.values()
-            if node.may_have_pages
-        ]
+        self._drops = [(node, asyncio.ensure_future(state.locks.drop_pages_of(node))) for node in readable]
         for node in state.nodes.values():
             node.forget_cached()
         if state.kernel is not None and state.kernel.has_epoch:
