@@ -437,17 +437,28 @@ class Operations(pyfuse3.Operations):
     ) -> EntryAttributes:
         state = self.state
         state.own_change(parent)
-        grants, (attr,) = await state.link.ship(op, ctx.uid, ctx.gid, (*parent.fid, name, *values), want_lock=True)
+        changes = parent.changes
+        grants, (attr, after) = await state.link.ship(
+            op, ctx.uid, ctx.gid, (*parent.fid, name, *values), want_lock=True
+        )
+        self._dir_changed(parent, changes, after, grants)
         reply = self._shipped_new(parent, name, attr, grants)
         if op is Op.MKDIR and state.granted(grants, attr.ino) and state.may_read(attr.ino):
             made = state.known(Fid(attr.ino, attr.gen))
             made.names, made.names_seq, made.names_whole = {}, state.locks.seq(attr.ino), True
         return reply
 
+    def _dir_changed(self, parent: Node, changes: int, after: Attr, grants: list[Grant]) -> None:
+        """A shipped change of *parent* has ended: its attributes are those *after* it, unless another change of this
+        node's was under way (*changes*: as this one began), which they may lack."""
+        alone = parent.changes == changes
+        self.state.own_change(parent)
+        if alone:
+            self.state.remember_attr(parent, after, grants, parent.changes)
+
     def _shipped_new(self, parent: Node, name: bytes, attr: Attr, grants: list[Grant]) -> EntryAttributes:
         """What a shipped operation on *parent* made under *name* becomes known here."""
         fid = Fid(attr.ino, attr.gen)
-        self.state.own_change(parent)
         self._name_changed(parent, name, fid, grants)
         reply = self._looked_up(attr, parent)
         self.state.remember_attr(self.state.known(fid), attr, grants, self.state.known(fid).changes)
@@ -490,10 +501,12 @@ class Operations(pyfuse3.Operations):
             state.changed(parent.fid.ino, node.fid.ino)
             return self._looked_up(attr, parent)
         state.own_change(node, parent)
-        grants, (attr,) = await state.link.ship(
+        changes = parent.changes
+        grants, (attr, after) = await state.link.ship(
             Op.LINK, ctx.uid, ctx.gid, (*node.fid, *parent.fid, new_name), want_lock=True
         )
         self.state.own_change(node)
+        self._dir_changed(parent, changes, after, grants)
         return self._shipped_new(parent, new_name, attr, grants)
 
     @_errno_boundary
@@ -522,9 +535,11 @@ class Operations(pyfuse3.Operations):
                 node = state.known(Fid(attr.ino, attr.gen))
                 return await self.io.open_new(node, flags, fd, ctx.uid), entry
             state.own_change(parent)
-            grants, (existed, attr) = await state.link.ship(
+            changes = parent.changes
+            grants, (existed, attr, after) = await state.link.ship(
                 Op.CREATE, ctx.uid, ctx.gid, (*parent.fid, name, mode, flags), want_lock=True
             )
+            self._dir_changed(parent, changes, after, grants)
             entry = self._shipped_new(parent, name, attr, grants)
             node = state.known(Fid(attr.ino, attr.gen))
             if existed:
@@ -578,15 +593,16 @@ class Operations(pyfuse3.Operations):
                 self._link_lost(0 if stat.S_ISDIR(attr.mode) else attr.nlink)
                 return
         state.own_change(parent)
+        changes = parent.changes
         victim = self._promise(parent, name)
         known = victim.fid if victim is not None else NO_FID
         try:
-            grants, (*kept, gone, links) = await state.link.ship(
+            grants, (*kept, gone, links, after) = await state.link.ship(
                 Op.UNLINK, ctx.uid, ctx.gid, (*parent.fid, name, *known), want_lock=True
             )
         finally:
             self._promise_over(victim)
-        self.state.own_change(parent)
+        self._dir_changed(parent, changes, after, grants)
         self._name_changed(parent, name, None, grants)
         self._attr_changed(gone)
         self._link_lost(links)
@@ -620,8 +636,9 @@ class Operations(pyfuse3.Operations):
                 state.changed(parent.fid.ino)
                 return
         state.own_change(parent)
-        grants, _ = await state.link.ship(Op.RMDIR, ctx.uid, ctx.gid, (*parent.fid, name), want_lock=True)
-        self.state.own_change(parent)
+        changes = parent.changes
+        grants, (after,) = await state.link.ship(Op.RMDIR, ctx.uid, ctx.gid, (*parent.fid, name), want_lock=True)
+        self._dir_changed(parent, changes, after, grants)
         self._name_changed(parent, name, None, grants)
 
     @_errno_boundary
@@ -641,11 +658,12 @@ class Operations(pyfuse3.Operations):
         if self._rename_here(old, name_old, new, name_new, flags):
             return
         state.own_change(old, new)
+        changes = (old.changes, new.changes)
         victim = self._promise(new, name_new) if not flags else None
         known = victim.fid if victim is not None else NO_FID
         moved = old.names.get(name_old) if old.names is not None else None
         try:
-            grants, (*kept, renamed, replaced, links) = await state.link.ship(
+            grants, (*kept, renamed, replaced, links, old_after, new_after) = await state.link.ship(
                 Op.RENAME,
                 ctx.uid,
                 ctx.gid,
@@ -654,7 +672,9 @@ class Operations(pyfuse3.Operations):
             )
         finally:
             self._promise_over(victim)
-        state.own_change(old, new)
+        self._dir_changed(old, changes[0], old_after, grants)
+        if new is not old:
+            self._dir_changed(new, changes[1], new_after, grants)
         for parent, name in ((old, name_old), (new, name_new)):
             if parent.names is not None:
                 parent.names.pop(name, None)

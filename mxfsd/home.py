@@ -543,7 +543,7 @@ class HomeService:
         self._free_name(parent, name)
         self._begin(c)
         attr = self.lower.mknod(parent, name, mode, rdev, c.uid, c.gid)
-        return await self._made(c, parent, attr, LockMode.PR, [attr])
+        return await self._made(c, parent, attr, LockMode.PR, [attr, self.lower.getattr(parent)])
 
     async def _mkdir(self, c: _Context, ino: int, gen: int, name: bytes, mode: int) -> list[Any]:
         await c.lock((ino, LockMode.EX))
@@ -551,7 +551,7 @@ class HomeService:
         self._free_name(parent, name)
         self._begin(c)
         attr = self.lower.mkdir(parent, name, mode, c.uid, c.gid)
-        return await self._made(c, parent, attr, LockMode.PR, [attr])
+        return await self._made(c, parent, attr, LockMode.PR, [attr, self.lower.getattr(parent)])
 
     async def _symlink(self, c: _Context, ino: int, gen: int, name: bytes, target: bytes) -> list[Any]:
         await c.lock((ino, LockMode.EX))
@@ -559,7 +559,7 @@ class HomeService:
         self._free_name(parent, name)
         self._begin(c)
         attr = self.lower.symlink(parent, name, target, c.uid, c.gid)
-        return await self._made(c, parent, attr, LockMode.PR, [attr])
+        return await self._made(c, parent, attr, LockMode.PR, [attr, self.lower.getattr(parent)])
 
     async def _link(self, c: _Context, ino: int, gen: int, parent_ino: int, parent_gen: int, name: bytes) -> list[Any]:
         await c.lock((ino, LockMode.EX), (parent_ino, LockMode.EX))
@@ -569,7 +569,9 @@ class HomeService:
         self._free_name(parent, name)
         self._begin(c)
         attr = self.lower.link(Fid(ino, gen), parent, name)
-        return self._end(c, [attr], parent, ino)
+        self._end(c, values := [attr, self.lower.getattr(parent)], parent, ino)
+        c.grant(parent_ino, LockMode.PR)
+        return values
 
     async def _lock_named(
         self, c: _Context, dirs: tuple[Fid, ...], names: tuple[tuple[Fid, bytes], ...]
@@ -599,7 +601,7 @@ class HomeService:
         self._begin(c, Before(Fid(attr.ino, attr.gen), NO_FID, attr.nlink, _kept_flag(keep)))
         self.lower.unlink(parent, name, keep)
         self._gone(attr, keep)
-        self._end(c, values := [*self._kept(keep), attr.ino, attr.nlink], parent, attr.ino)
+        self._end(c, values := [*self._kept(keep), attr.ino, attr.nlink, self.lower.getattr(parent)], parent, attr.ino)
         c.grant(ino, LockMode.PR)
         return values
 
@@ -617,9 +619,9 @@ class HomeService:
         self._begin(c, Before(Fid(attr.ino, attr.gen)))
         self.lower.rmdir(parent, name)
         self._gone(attr, None)
-        self._end(c, [], parent, attr.ino)
+        self._end(c, values := [self.lower.getattr(parent)], parent, attr.ino)
         c.grant(ino, LockMode.PR)
-        return []
+        return values
 
     async def _rename(
         self, c: _Context, o_ino: int, o_gen: int, o_name: bytes, n_ino: int, n_gen: int, n_name: bytes, flags: int,
@@ -638,7 +640,8 @@ class HomeService:
         if replaced is not None:
             self._gone(replaced, keep)
         also = [attr.ino for attr in (source, target) if attr is not None]
-        values = self._end(c, [*self._kept(keep), source.ino, *lost], new, old.ino, *also)
+        after = [self.lower.getattr(old), self.lower.getattr(new)]
+        values = self._end(c, [*self._kept(keep), source.ino, *lost, *after], new, old.ino, *also)
         c.grant(o_ino, LockMode.PR)
         if n_ino != o_ino:
             c.grant(n_ino, LockMode.PR)
@@ -651,12 +654,13 @@ class HomeService:
         if found is not None:
             if flags & os.O_EXCL or not stat.S_ISREG(found.mode):
                 raise FileExistsError(errno.EEXIST, "the name is taken")
+            directory = self.lower.getattr(parent)
             c.unlock()
-            return [1, await self._attr_with_lock(c, Fid(found.ino, found.gen))]
+            return [1, await self._attr_with_lock(c, Fid(found.ino, found.gen)), directory]
         self._begin(c)
         fd, attr = self.lower.create(parent, name, mode, c.uid, c.gid)
         os.close(fd)
-        return await self._made(c, parent, attr, LockMode.EX, [0, attr])
+        return await self._made(c, parent, attr, LockMode.EX, [0, attr, self.lower.getattr(parent)])
 
     async def _read(self, c: _Context, ino: int, gen: int, offset: int, size: int) -> list[Any]:
         # A lock that the node is about to be told of covers nothing before the commit that its grant waits for.

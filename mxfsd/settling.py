@@ -113,6 +113,9 @@ def _look(lower: Lower, intent: Intent) -> Now:
     name = _name(intent)
     first = _peek(lower, *name) if name is not None else None
     second = _peek(lower, Fid(values[3], values[4]), values[5]) if op is Op.RENAME else None
+    parents = [lower.getattr(name[0])] if name is not None else []
+    if op is Op.RENAME:
+        parents.append(lower.getattr(Fid(values[3], values[4])))
     inherits = first is not None and op in MAKES and lower.inherits_acl(Fid(values[0], values[1]))
     digest = None
     if op is Op.SETXATTR and intent.before.flags & BeforeFlag.DIGEST:
@@ -121,7 +124,7 @@ def _look(lower: Lower, intent: Intent) -> Now:
         except OSError as exc:
             if exc.errno not in (errno.ENODATA, errno.ESTALE):
                 raise
-    return Now(first, second, inherits, digest)
+    return Now(first, second, inherits, tuple(parents), digest)
 
 
 def _peek(lower: Lower, parent: Fid, name: bytes) -> Attr | None:

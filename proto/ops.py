@@ -9,7 +9,8 @@ Session, sequence and epoch are in the frame header (:mod:`mxfs_proto.frames`). 
 ========  ================================================================
 
 A lower object is named (inode u64, generation u32). Replies are declared in :data:`REPLIES` in the same way, with ``A``
-for the 76 bytes of an :class:`Attr`.
+for the 76 bytes of an :class:`Attr`. The last one (of RENAME two: old, new) of an operation that changes a directory is
+the directory's own, after the change.
 """
 
 from collections.abc import Sequence
@@ -139,14 +140,15 @@ REPLIES: dict[Op, tuple[str, ...]] = {
     Op.GETATTR: ("A",),
     Op.SETATTR: ("A",),
     Op.READLINK: ("v",),
-    Op.MKNOD: ("A",),
-    Op.MKDIR: ("A",),
-    Op.SYMLINK: ("A",),
-    Op.LINK: ("A",),
-    Op.UNLINK: (*_OBJ, "Q", "I"),  # the object, where it is kept as an orphan (else 0, 0); inode, links before
-    Op.RMDIR: (),
-    Op.RENAME: (*_OBJ, "Q", "Q", "I"),  # orphan; the inode that was renamed, the one replaced, links of that before
-    Op.CREATE: ("I", "A"),  # 1: the file was there already
+    Op.MKNOD: ("A", "A"),
+    Op.MKDIR: ("A", "A"),
+    Op.SYMLINK: ("A", "A"),
+    Op.LINK: ("A", "A"),
+    Op.UNLINK: (*_OBJ, "Q", "I", "A"),  # the object, where it is kept as an orphan (else 0, 0); inode, links before
+    Op.RMDIR: ("A",),
+    # orphan; the inode that was renamed, the one replaced, links of that before
+    Op.RENAME: (*_OBJ, "Q", "Q", "I", "A", "A"),
+    Op.CREATE: ("I", "A", "A"),  # 1: the file was there already
     Op.READ: ("v",),
     Op.WRITE: ("Q", "I"),  # offset it was placed at, bytes written
     Op.FSYNC: (),
@@ -174,10 +176,10 @@ open; otherwise the victim is the object that it knows by that name and promises
 class _Layout:
     """Packs and unpacks one field list: a fixed part (lengths for ``v``), then the byte fields in order."""
 
-    __slots__ = ("_attr_at", "_struct", "_vars")
+    __slots__ = ("_attrs", "_struct", "_vars")
 
     def __init__(self, fields: Sequence[str]) -> None:
-        self._attr_at = fields.index("A") if "A" in fields else -1
+        self._attrs = tuple(i for i, field in enumerate(fields) if field == "A")
         codes = []
         for field in fields:
             codes.append({"v": "I", "A": f"{_ATTR.size}s"}.get(field, field))
@@ -186,8 +188,8 @@ class _Layout:
 
     def pack(self, values: Sequence[Any]) -> list[bytes]:
         row = list(values)
-        if self._attr_at >= 0:
-            row[self._attr_at] = _ATTR.pack(*row[self._attr_at])
+        for i in self._attrs:
+            row[i] = _ATTR.pack(*row[i])
         tail = []
         for i in self._vars:
             tail.append(row[i])
@@ -200,8 +202,8 @@ class _Layout:
         except struct_error:
             raise PeerError(f"operation of {len(data)} bytes is cut short") from None
         at = self._struct.size
-        if self._attr_at >= 0:
-            row[self._attr_at] = Attr._make(_ATTR.unpack(row[self._attr_at]))
+        for i in self._attrs:
+            row[i] = Attr._make(_ATTR.unpack(row[i]))
         for i in self._vars:
             end = at + row[i]
             if end > len(data):

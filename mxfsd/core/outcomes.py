@@ -166,6 +166,8 @@ class Now(NamedTuple):
     """RENAME: what stands under the new name."""
     inherits: bool = False
     """The directory has a default ACL."""
+    parents: tuple[Attr, ...] = ()
+    """The directory, of RENAME the old and the new one."""
     digest: bytes | None = None
     """SETXATTR with DIGEST: SHA-256 of the attribute's value now; None where it is not set."""
 
@@ -229,11 +231,11 @@ def reply_values(intent: Intent, now: Now) -> Sequence[Any]:
     if not before.flags & BeforeFlag.KEPT:
         kept = NO_FID
     if op is Op.CREATE:
-        return [0, now.first]
+        return [0, now.first, *now.parents]
     if op in MAKES or op is Op.LINK:
-        return [now.first]
+        return [now.first, *now.parents]
     if op is Op.UNLINK:
-        return [*kept, before.first.ino, before.number]
+        return [*kept, before.first.ino, before.number, *now.parents]
     if op is Op.RENAME:
-        return [*kept, before.first.ino, before.second.ino, before.number]
-    return []
+        return [*kept, before.first.ino, before.second.ino, before.number, *now.parents]
+    return [*now.parents]

@@ -194,7 +194,7 @@ class Client:
 
         def check(code: int, values: list[Any]) -> None:
             assert code == 0, f"{os.strerror(code)}: done before?"
-            obj.fid = Fid(values[-1].ino, values[-1].gen)
+            obj.fid = Fid(values[-2].ino, values[-2].gen)
 
         op = self.rng.choice((Op.CREATE, Op.CREATE, Op.MKDIR, Op.SYMLINK, Op.MKNOD))
         values = self._at(key)
@@ -227,10 +227,10 @@ class Client:
             return None
         obj = tree.pop(key)
         if obj.kind == stat.S_IFDIR:
-            return Call(0, Op.RMDIR, self._at(key), tree, _expect([]))
+            return Call(0, Op.RMDIR, self._at(key), tree, _expect([], 1))
         links = obj.links
         said, kept = self._lose(obj)
-        return Call(0, Op.UNLINK, [*self._at(key), *obj.fid], tree, _expect([*said, obj.fid.ino, links]), kept)
+        return Call(0, Op.UNLINK, [*self._at(key), *obj.fid], tree, _expect([*said, obj.fid.ino, links], 1), kept)
 
     def _do_rename(self, tree: Tree) -> Call | None:
         old = self._pick(True)
@@ -256,7 +256,7 @@ class Client:
             tree[new] = tree.pop(old)
         promised = target.fid if target is not None else NO_FID
         values = [*self._at(old), *self._at(new), flags, *promised]
-        return Call(0, Op.RENAME, values, tree, _expect([*said, source.fid.ino, *lost]), kept)
+        return Call(0, Op.RENAME, values, tree, _expect([*said, source.fid.ino, *lost], 2), kept)
 
     def _do_link(self, tree: Tree) -> Call | None:
         old, new = self._pick(True, (stat.S_IFREG, stat.S_IFIFO)), self._pick(False)
@@ -374,9 +374,13 @@ class Client:
         return ""
 
 
-def _expect(wanted: list[Any]) -> Callable[[int, list[Any]], None]:
+def _expect(wanted: list[Any], parents: int = 0) -> Callable[[int, list[Any]], None]:
+    """A check for a reply that ends with the attributes of so many directories."""
+
     def check(code: int, values: list[Any]) -> None:
-        assert (code, values) == (0, wanted), f"not {wanted}"
+        said = values[: len(values) - parents]
+        assert (code, said) == (0, wanted), f"not {wanted}"
+        assert all(stat.S_ISDIR(attr.mode) for attr in values[len(said) :])
 
     return check
 

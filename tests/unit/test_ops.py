@@ -13,6 +13,7 @@ from mxfs_proto.ops import Attr, Entry, Grant, Op, OpFlag, Request
 
 TOP = (1 << 64) - 1
 ATTR = Attr(2**63, 7, 0o100644, 3, 1000, 100, 0x801, 2**62, 9, 1_700_000_000_123_456_789, -5, 0)
+DIR_ATTR = Attr(128, 1, 0o40755, 2, 0, 0, 0, 6, 0, 1, 2, 3)
 OBJ = [4711, 3]
 
 CASES: dict[Op, tuple[list[Any], list[Any]]] = {
@@ -20,14 +21,14 @@ CASES: dict[Op, tuple[list[Any], list[Any]]] = {
     Op.GETATTR: ([TOP, 0xFFFFFFFF], [ATTR]),
     Op.SETATTR: ([*OBJ, 0x4000003F, 0o4755, 1, 2, TOP, -1, 2**62], [ATTR]),
     Op.READLINK: (OBJ, [b"../target"]),
-    Op.MKNOD: ([*OBJ, b"fifo", 0o10600, 0x501], [ATTR]),
-    Op.MKDIR: ([*OBJ, b"\xff\xfe", 0o1777], [ATTR]),
-    Op.SYMLINK: ([*OBJ, b"link", b"/a/b"], [ATTR]),
-    Op.LINK: ([*OBJ, 5, 6, b"second"], [ATTR]),
-    Op.UNLINK: ([*OBJ, b"n" * 255, *ops.NO_FID], [9, 1, 9, 1]),
-    Op.RMDIR: ([*OBJ, b"dir"], []),
-    Op.RENAME: ([*OBJ, b"old", 8, 9, b"new", 1, 10, 11], [1, 2, 3, 4, 5]),
-    Op.CREATE: ([*OBJ, b"file", 0o644, 0o300], [1, ATTR]),
+    Op.MKNOD: ([*OBJ, b"fifo", 0o10600, 0x501], [ATTR, DIR_ATTR]),
+    Op.MKDIR: ([*OBJ, b"\xff\xfe", 0o1777], [ATTR, DIR_ATTR]),
+    Op.SYMLINK: ([*OBJ, b"link", b"/a/b"], [ATTR, DIR_ATTR]),
+    Op.LINK: ([*OBJ, 5, 6, b"second"], [ATTR, DIR_ATTR]),
+    Op.UNLINK: ([*OBJ, b"n" * 255, *ops.NO_FID], [9, 1, 9, 1, DIR_ATTR]),
+    Op.RMDIR: ([*OBJ, b"dir"], [DIR_ATTR]),
+    Op.RENAME: ([*OBJ, b"old", 8, 9, b"new", 1, 10, 11], [1, 2, 3, 4, 5, ATTR, DIR_ATTR]),
+    Op.CREATE: ([*OBJ, b"file", 0o644, 0o300], [1, ATTR, DIR_ATTR]),
     Op.READ: ([*OBJ, 1 << 40, 4096], [b"\0" * 4096]),
     Op.WRITE: ([*OBJ, 1 << 40, 3, b"data"], [1 << 40, 4]),
     Op.FSYNC: ([*OBJ, 1], []),

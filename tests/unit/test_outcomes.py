@@ -181,8 +181,12 @@ CASES: list[tuple[Request, Before, Now, Step, list[Any] | None]] = [
 @pytest.mark.parametrize(("asked", "before", "now", "step", "values"), CASES)
 def test_settle(asked: Request, before: Before, now: Now, step: Step, values: list[Any] | None) -> None:
     intent = Intent(before, asked)
+    directory = attr(DIR, A_DIR, 2)
+    parents = {Op.RENAME: 2, Op.SETXATTR: 0}.get(asked.op, 1)
+    now = now._replace(parents=(directory,) * parents)
     assert settle(intent, now) is step
     if values is not None:
+        values = [*values, *now.parents]
         assert list(reply_values(intent, now)) == values
         reply = b"".join(pack_reply(asked.op, [], values))
         assert len(pack_record(1, Record(RecordKind.OUTCOME, 1, 1, reply))) <= SHORT, "it must stay in its inode"
