@@ -195,7 +195,7 @@ class FileIO:
     async def _cached_read(self, handle: Handle, off: int, size: int) -> bytes:
         node = handle.node
         serial = next(self._serial)
-        node.in_flight[serial] = (off, off + size)
+        node.came(serial, off, off + size)
         try:
             while True:
                 # A node with a cached writer fills its pages under PW only (see locks._gaps).
@@ -204,7 +204,7 @@ class FileIO:
                     if older:
                         await asyncio.wait(older)
                         continue
-                    del node.in_flight[serial]
+                    node.waits_no_more(serial)
                     node.refilled = True
                     node.serving += 1
                     try:
@@ -214,7 +214,7 @@ class FileIO:
                         if node.revocation is not None:
                             node.revocation.again = True
         finally:
-            node.in_flight.pop(serial, None)
+            node.waits_no_more(serial)
 
     async def _usable(self, node: Node, needed: LockMode, write: int = -1) -> bool:
         """Whether an upcall of a cached descriptor may run now; waits for what is missing otherwise."""
@@ -232,7 +232,7 @@ class FileIO:
             try:
                 await revocation.wait()
             finally:
-                node.late.discard(write)
+                node.late -= {write}
         else:
             await state.locks.want(ino, needed)
         return False
@@ -266,16 +266,15 @@ class FileIO:
     async def _cached_write(self, handle: Handle, off: int, buf: bytes) -> int:
         node = handle.node
         serial = next(self._serial)
-        node.in_flight[serial] = (off, off + len(buf))
-        answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        node.writes[serial] = (off, off + len(buf), answered)
+        node.came(serial, off, off + len(buf))
+        node.write_came(serial, off, off + len(buf), asyncio.get_running_loop().create_future())
         # Its folios may have been dropped, and read again, between the kernel's filling them and this upcall.
         again = node.first_write and node.refilled
         node.first_write = False
         try:
             while True:
                 if await self._usable(node, _PW, serial):
-                    del node.in_flight[serial]
+                    node.waits_no_more(serial)
                     node.serving += 1
                     try:
                         if self.state.lower is not None:
@@ -290,9 +289,8 @@ class FileIO:
                         if node.revocation is not None:
                             node.revocation.again = True
         finally:
-            node.in_flight.pop(serial, None)
-            del node.writes[serial]
-            answered.set_result(None)
+            node.waits_no_more(serial)
+            node.write_over(serial)
 
     def _pwrite(self, handle: Handle, off: int, buf: bytes) -> int:
         node = handle.node

@@ -3,13 +3,13 @@
 import asyncio
 import errno
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import structlog
 
 from mxfs_fuse.kernel import KernelNotifier
-from mxfs_fuse.nodes import Node, Revocation
+from mxfs_fuse.nodes import Node, Revocation, Span
 from mxfs_proto.lockflags import LockFlag
 from mxfs_proto.modes import LockMode, covers
 from mxfs_proto.records import LockBast, LockDeny, LockGrant, LockRelease, LockReq, Opens, Record
@@ -349,7 +349,7 @@ def _check(code: int) -> None:
         raise OSError(code, f"invalidating kernel caches: {os.strerror(code)}")
 
 
-def _gaps(in_flight: dict[int, tuple[int, int]]) -> list[tuple[int, int]]:
+def _gaps(in_flight: Mapping[int, Span]) -> list[tuple[int, int]]:
     """The page ranges (offset, length; length 0: to the end) that no waiting upcall has locked.
 
     Folios of a waiting READ are locked and not up to date: nobody reads stale data from them, and waiting for them here

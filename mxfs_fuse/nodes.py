@@ -1,15 +1,24 @@
 """What the FUSE layer remembers of an inode that the kernel knows, and of an open descriptor."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import ClassVar, TypeAlias
 
 from mxfs_proto.modes import LockMode
-from mxfs_proto.ops import Attr, Fid
+from mxfs_proto.ops import Attr, Fid, pack_attr, unpack_attr
 from mxfsd.io.cachelist import CacheList
 
 Names: TypeAlias = dict[bytes, Fid | None]
 """Directory entries by name; None is a name that is known not to be there."""
+Span: TypeAlias = tuple[int, int]
+"""Offset and end, in bytes."""
+Waiting: TypeAlias = tuple[int, int, asyncio.Future[None]]
+"""Offset, end, future of its end."""
+
+_NO_SPANS: Mapping[int, Span] = MappingProxyType({})
+_NO_WRITES: Mapping[int, Waiting] = MappingProxyType({})
+_NONE_LATE: frozenset[int] = frozenset()
 
 
 class Revocation:
@@ -40,14 +49,19 @@ class Revocation:
 
 
 class Node:
-    """An inode that the kernel has looked up (``nlookup`` > 0) or has open."""
+    """An inode that the kernel has looked up (``nlookup`` > 0) or has open.
+
+    There may be very many, most of them idle: what only a busy one needs is made when it is needed.
+    """
 
     listed: ClassVar[CacheList | None] = None
     """Where inodes with pages in the kernel are listed for whoever has to drop them when this process is dead."""
 
     __slots__ = (
+        "_attr",
+        "_in_flight",
         "_may_have_pages",
-        "attr",
+        "_writes",
         "attr_seq",
         "batch",
         "batch_flags",
@@ -60,7 +74,6 @@ class Node:
         "end_seq",
         "fid",
         "first_write",
-        "in_flight",
         "late",
         "misses",
         "names",
@@ -77,7 +90,6 @@ class Node:
         "revocation",
         "serving",
         "settled",
-        "writes",
     )
 
     def __init__(self, fid: Fid) -> None:
@@ -86,7 +98,7 @@ class Node:
         self.confirmed = False
         """The kernel has named this inode in a request, so that it has one that an invalidation finds. Before that, the
         attributes of a lookup's reply might be put into an inode made after the invalidation: they get no timeout."""
-        self.attr: Attr | None = None
+        self._attr: bytes | None = None  # packed, it takes a third of the memory
         self.attr_seq = -1
         """Grant sequence of the PR (or stronger) lock that ``attr`` was read under."""
         self.names: Names | None = None
@@ -97,7 +109,7 @@ class Node:
         """Lookups in this directory that went to the home under the present lock."""
         self.no_capability_seq = -1
         """Grant sequence of the lock under which security.capability was seen not to be set."""
-        self.batch: list[tuple[int, bytes]] = []
+        self.batch: list[tuple[int, bytes]] | None = None
         self.batch_flags = 0
         """Small WRITEs that go to the home together, when the ones before are confirmed, and their WriteFlag."""
         self.behind = 0
@@ -118,14 +130,9 @@ class Node:
         self._may_have_pages = False
         self.privileged = False
         """Its mode has set-id bits: a write takes them away."""
-        self.in_flight: dict[int, tuple[int, int]] = {}
-        """READ and WRITE upcalls of cached descriptors that wait: serial -> (offset, end). The kernel may hold their
-        folios locked."""
-        self.writes: dict[int, tuple[int, int, asyncio.Future[None]]] = {}
-        """WRITE upcalls of cached descriptors that are not answered: serial -> (offset, end, future of its end). The
-        kernel holds their folios locked, but not those that were up to date: these may be invalidated and read again
-        meanwhile, and a READ that the home runs before the WRITE would leave old data in the cache."""
-        self.late: set[int] = set()
+        self._in_flight: dict[int, Span] | None = None
+        self._writes: dict[int, Waiting] | None = None
+        self.late = _NONE_LATE
         """Those of them that came during a revocation and wait for it: they are answered where it waits for them."""
         self.first_write = False
         """No WRITE has come since the last invalidation: the next one may be older than that, and than READs since."""
@@ -150,6 +157,53 @@ class Node:
             else:
                 self.listed.remove(self.fid.ino)
         self._may_have_pages = may
+
+    @property
+    def attr(self) -> Attr | None:
+        """Attributes, as the home told them."""
+        return None if self._attr is None else unpack_attr(self._attr)
+
+    @attr.setter
+    def attr(self, attr: Attr | None) -> None:
+        self._attr = None if attr is None else pack_attr(attr)
+
+    @property
+    def in_flight(self) -> Mapping[int, Span]:
+        """READ and WRITE upcalls of cached descriptors that wait, by serial. The kernel may have locked their folios."""
+        return self._in_flight or _NO_SPANS
+
+    def came(self, serial: int, start: int, end: int) -> None:
+        """An upcall waits."""
+        if self._in_flight is None:
+            self._in_flight = {}
+        self._in_flight[serial] = (start, end)
+
+    def waits_no_more(self, serial: int) -> None:
+        """It is served, or given up."""
+        if self._in_flight is not None:
+            self._in_flight.pop(serial, None)
+            self._in_flight = self._in_flight or None
+
+    @property
+    def writes(self) -> Mapping[int, Waiting]:
+        """WRITE upcalls of cached descriptors that are not answered, by serial.
+
+        The kernel holds their folios locked, but not those that were up to date: these may be invalidated and read
+        again meanwhile, and a READ that the home runs before the WRITE would leave old data in the cache.
+        """
+        return self._writes or _NO_WRITES
+
+    def write_came(self, serial: int, start: int, end: int, answered: asyncio.Future[None]) -> None:
+        """A WRITE upcall is to be answered."""
+        if self._writes is None:
+            self._writes = {}
+        self._writes[serial] = (start, end, answered)
+
+    def write_over(self, serial: int) -> None:
+        """It is answered; who waits for that may go on."""
+        assert self._writes is not None
+        self._writes.pop(serial)[2].set_result(None)
+        self._writes = self._writes or None
 
     @property
     def opens(self) -> tuple[int, int]:

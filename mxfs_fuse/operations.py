@@ -171,12 +171,12 @@ class Operations(pyfuse3.Operations):
             if parent.changes == changes:
                 self._remember_name(parent, name, None, exc.grants)
             return self._absent(state.entry_ttl(state.ttl(), parent.fid.ino))
-        fid = Fid(attr.ino, attr.gen)
-        if parent.changes == changes:
-            self._remember_name(parent, name, fid, grants)
         reply = self._looked_up(attr, parent)
+        node = state.nodes[attr.ino]
+        if parent.changes == changes:
+            self._remember_name(parent, name, node.fid, grants)
         if state.changes == all_changes:  # which inode it would be was not known before
-            state.remember_attr(state.known(fid), attr, grants, state.known(fid).changes)
+            state.remember_attr(node, attr, grants, node.changes)
         return reply
 
     def _remember_name(self, parent: Node, name: bytes, fid: Fid | None, grants: list[Grant]) -> None:
@@ -757,7 +757,9 @@ class Operations(pyfuse3.Operations):
             entry = self._entry(attr, ttl if held and confirmed else 0.0, entry_ttl)
             if not pyfuse3.readdir_reply(token, name, entry, index + 1):
                 return
-            state.known(Fid(attr.ino, attr.gen)).nlookup += 1
+            named = node.names.get(name) if node.names is not None else None
+            fid = Fid(attr.ino, attr.gen)
+            state.known(named if named == fid else fid).nlookup += 1
 
     def _listed_attr(self, attr: Attr) -> tuple[Attr, bool]:
         """Attributes for a listed entry, and whether they are under a lock: those of the listing may be old by now."""
@@ -795,7 +797,7 @@ class Operations(pyfuse3.Operations):
         held = state.granted(first, node.fid.ino) and state.may_read(node.fid.ino)
         if state.lower is None and held and node.changes == changes:
             # One lock from the first page to the last: nothing changed in between.
-            node.names = {entry.name: Fid(entry.attr.ino, entry.attr.gen) for entry in entries}
+            node.names = {entry.name: state.fid_of(entry.attr) for entry in entries}
             node.names_seq = state.locks.seq(node.fid.ino)
             node.names_whole = True
         return entries

@@ -101,6 +101,11 @@ class State:
             node = self.nodes[fid[0]] = fresh
         return node
 
+    def fid_of(self, attr: Attr) -> Fid:
+        """The object that has these attributes; for one that is known its node's: there may be very many."""
+        node = self.nodes.get(attr.ino)
+        return node.fid if node is not None and node.fid.gen == attr.gen else Fid(attr.ino, attr.gen)
+
     def forget(self, node: Node) -> None:
         """The kernel has no reference left: give the lock back and drop the node, unless it is open here."""
         if node.nlookup > 0 or node.opens_r or node.opens_w:

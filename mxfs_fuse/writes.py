@@ -158,6 +158,7 @@ class ShippedWrites:
         if node.batch and (node.batch_flags != flags or len(node.batch) >= _BATCH):
             self._send_batch(node)
         node.batch_flags = flags
+        node.batch = node.batch or []
         node.batch.append((off, buf))
         self._batched[node.fid] = node
         return size
@@ -196,8 +197,8 @@ class ShippedWrites:
 
     def _send_batch(self, node: Node) -> None:
         del self._batched[node.fid]
-        pieces, node.batch = node.batch, []
-        self._send(node, node.batch_flags, pieces, behind=True)
+        pieces, node.batch = node.batch, None
+        self._send(node, node.batch_flags, pieces or (), behind=True)
 
     def _answered(
         self, node: Node, sent: Sent, count: int, size: int, behind: bool, future: asyncio.Future[Any]
@@ -250,10 +251,10 @@ class ShippedWrites:
         answered = any(sent.answered for sent in self.kept.entries(fid))
         unanswered = self.kept.drop(fid)
         node = self._batched.pop(fid, None)
-        if node is not None:
+        if node is not None and node.batch:
             node.behind -= len(node.batch)
             self._behind_bytes -= sum(len(data) for _, data in node.batch)
-            node.batch = []
+            node.batch = None
             if not node.behind and node.settled is not None:
                 node.settled.set()
                 node.settled = None

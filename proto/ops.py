@@ -50,6 +50,16 @@ _ATTR = Struct("!QIIIIIQqQqqq")
 assert _ATTR.size == 76
 
 
+def pack_attr(attr: Attr) -> bytes:
+    """Encode attributes (76 bytes)."""
+    return _ATTR.pack(*attr)
+
+
+def unpack_attr(data: bytes) -> Attr:
+    """Decode :func:`pack_attr`."""
+    return Attr._make(_ATTR.unpack(data))
+
+
 class Op(IntEnum):
     """Code of a shipped operation."""
 
