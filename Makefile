@@ -4,7 +4,7 @@
 VENV := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check lint format unit sim lab pr bench clean
+.PHONY: help install demo test check lint format unit sim lab pr soak cycles bench clean
 
 help:            ## This list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -41,6 +41,12 @@ lab: install     ## Tests on real mounts
 
 pr: install      ## Tests of persistent reservations on a real iSCSI target
 	@$(VENV)/pytest -q tests/pr
+
+soak: install    ## Three nodes under load are killed, cut off and moved at random: SOAK_MINUTES=30, SOAK="--seed 7"
+	@$(VENV)/python -m tests.soak $(SOAK)
+
+cycles: install  ## Mount and unmount N=1000 times, and look for what is left behind
+	@$(VENV)/python -m tests.soak.cycles -n $(or $(N),1000)
 
 bench: install   ## The same work on native XFS, passthroughfs, an MXFS home and an MXFS node, side by side
 	@scripts/venv dev bench
