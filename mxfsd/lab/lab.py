@@ -307,6 +307,8 @@ class Lab:
         crash(paths.mark(name), str(paths.mountpoint(name)), node.loop)
         self._unmount_dead(name)
         disk.detach(node.loop, paths.image)
+        with updating(paths) as state:
+            self._node(state, name).loop = ""  # the next node that starts may be given that device
 
     def crash_process(self, name: str, which: str) -> int:
         """SIGKILL one process of a node: ``daemon``, ``fuse`` or ``heartbeat``; returns its pid when it is gone.

@@ -249,6 +249,19 @@ def test_another_lab_at_the_same_time(cluster: Path, tmp_path: Path) -> None:
     assert list(other.iterdir()) == []
 
 
+def test_nodes_that_were_killed_come_back_with_devices_of_their_own(tmp_path: Path) -> None:
+    """The device that one of them had is free, and may be what another one is given."""
+    place = tmp_path / "all"
+    mxfs("lab", "up", place, "--nodes", "2", "--size", "400M")
+    for name in ("n1", "n2"):
+        mxfs("lab", "kill", place, name)
+    for name in ("n2", "n1"):
+        mxfs("lab", "start", place, name)
+    status = _status(place)
+    assert status["n1"]["loop"] != status["n2"]["loop"]
+    mxfs("lab", "down", place, "--purge")
+
+
 def test_kill_is_a_crash(tmp_path: Path) -> None:
     """Of the only node, so that nothing replays the log before we look: XFS did not unmount cleanly."""
     place = tmp_path / "crash"
