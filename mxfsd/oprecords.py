@@ -20,6 +20,8 @@ from mxfsd.core.outcomes import SHORT, Before, Record, RecordKind, pack_intent, 
 from mxfsd.io.lower import Lower
 
 NAMES = ("trusted.mxfs.a", "trusted.mxfs.b")
+SPARE = 256
+"""So many files are made in advance, once in the life of a volume."""
 
 
 class Key(NamedTuple):
@@ -107,6 +109,16 @@ class OpRecords:
         slot = Slot(self.lower.new_op_slot(self._made))
         self._made += 1
         return slot
+
+    def reserve(self) -> None:
+        """Make files in advance: a full volume has no room for more, and must be able to unlink."""
+        try:
+            while self._made < SPARE:
+                self._free.append(Slot(self.lower.new_op_slot(self._made)))
+                self._made += 1
+        except OSError as exc:
+            if exc.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
 
     # -- an operation ----------------------------------------------------------------------------------------------
 

@@ -65,6 +65,7 @@ def recover_sessions(lower: Lower, sessions: SessionTable, volume_id: int) -> Re
             else:
                 forgotten += 1
     named_again = _names_again(lower)
+    records.reserve()
     if executed or forgotten or named_again:
         lower.syncfs()
     sessions.on_forget = records.release
