@@ -10,7 +10,7 @@ what counts is what READ KEYS and READ RESERVATION say afterwards.
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from enum import Enum
 from typing import TypeVar
 
@@ -38,7 +38,7 @@ _TRIES = 3
 _REPAIR_S = 2.0
 """How long a damaged reservation is left to the node whose key it shows: it has just registered, and repairs it."""
 _GLANCE_S = 0.2
-"""How long ``check`` looks again at a damaged reservation: mostly somebody is just repairing it."""
+"""How long a look is repeated while the reservation is damaged: mostly somebody is just repairing it."""
 _PAUSE_S = 0.02
 
 
@@ -200,12 +200,11 @@ class Reservations:
             if self._our_reservation():
                 break
             try:
-                held = self.read_reservation()
-                if held is None:
+                if self.read_reservation() is None:
                     self._any(lambda path: path.reserve(self.key))
-                elif not held.ours:
+                else:
                     repaired = True
-                    self._repair(held)
+                    self._repair()
             except (ReservationConflict, PathFailure):
                 # Another node reserved or repaired meanwhile, or the answer was lost, or we were preempted.
                 self._own_keys()
@@ -221,72 +220,83 @@ class Reservations:
     # --- a target that loses track of its reservation --------------------------------------------------------
 
     # tgt keeps the reservation with one of the registrants, and when that one is preempted it goes on using the memory
-    # which it has freed. The next registration, or anything else, may get that memory: then READ RESERVATION shows a
-    # type that does not exist. tgt goes on to refuse those who are not registered, but nobody should build on that.
+    # which it has freed. The next registration, or anything else, may get that memory: then READ RESERVATION shows
+    # whatever is there. tgt goes on to refuse writes of those who are not registered, but nobody should build on that.
     # A PREEMPT of the key that it shows takes such a reservation over as one of type 8, with no moment in between in
     # which there is none (RELEASE and CLEAR would have one). So do we.
 
-    def _repair(self, held: Held) -> None:
-        """Make the damaged reservation *held* ours. Raises DamagedReservation, ReservationConflict: look again."""
-        found = self._await_repair(held)
-        if found is None or found.ours:
-            return
-        key = found.key
-        if key == 0:  # with that, PREEMPT would remove all others
-            raise DamagedReservation(f"{self.device}: the target shows a reservation of type {found.type} without key")
-        if key in self._own_keys().keys:
-            self._any(lambda path: path.preempt(self.key, key, abort=False))
-        else:
-            with self._spare_key(key) as spare:
-                if spare is None:
-                    raise DamagedReservation(
-                        f"{self.device}: the target shows a reservation of type {found.type} whose holder "
-                        f"{key_text(key)} is not registered: unmount everywhere and restart the target"
-                    )
-                self._any(lambda path: path.preempt(self.key, key, abort=False))
+    def _damaged(self, held: Held | None, keys: Keys) -> bool:
+        """Whether a reservation cannot be anybody's: of no type that there is, or held by a key that is not registered.
 
-    def _await_repair(self, held: Held) -> Held | None:
-        """Where another node's key is shown, give it time; return the reservation as it is then."""
-        found: Held | None = held
-        for _ in range(int(_REPAIR_S / _PAUSE_S)):
-            if found is None or found.ours or found.key == self.key or found.key not in self._own_keys().keys:
+        One of another type with our own key counts too: we never make such.
+        """
+        if held is None:
+            return False
+        if held.key == self.key:
+            return not held.ours
+        return not held.known or (held.key != 0 and held.key not in keys.keys)
+
+    def _look(self, seconds: float) -> tuple[Keys, Held | None, bool]:
+        """Return keys, reservation, and whether it is damaged; for so long look again while it is."""
+        for last in range(int(seconds / _PAUSE_S), -1, -1):
+            keys, held = self._read_keys(), self.read_reservation()
+            damaged = self._damaged(held, keys)
+            if not damaged or not last:
                 break
             self._sleep(_PAUSE_S)
-            found = self.read_reservation()
-        return found
+        return keys, held, damaged
 
-    def _anchor(self) -> None:
-        """After a plain PREEMPT, have such a target keep the reservation with a registrant that is there.
+    def _repair(self) -> None:
+        """Make a damaged reservation ours. Raises DamagedReservation; ReservationConflict: look again."""
+        keys, held, damaged = self._look(0)
+        if damaged and held is not None and held.key != self.key and held.key in keys.keys:
+            keys, held, damaged = self._look(_REPAIR_S)  # that node has just registered, and does what we do
+        if not damaged or held is None:
+            return
+        shown = held.key
+        if shown in self._own_keys().keys:
+            self._any(lambda path: path.preempt(self.key, shown, abort=False))
+            return
+        with self._spare() as spare:
+            # Looked at again, since our log-in may have changed it.
+            keys, held, damaged = self._look(0)
+            if not damaged or held is None or held.key in keys.keys:
+                return
+            if spare is None or held.key == 0:  # with key 0, PREEMPT would remove all others
+                raise DamagedReservation(
+                    f"{self.device}: the target shows a reservation of type {held.type} whose holder "
+                    f"{key_text(held.key)} is not registered: unmount everywhere and restart the target"
+                )
+            shown = held.key
+            with _registered(spare, shown):
+                self._any(lambda path: path.preempt(self.key, shown, abort=False))
+
+    @contextmanager
+    def _anchored(self) -> Iterator[None]:
+        """For a plain PREEMPT: have such a target keep the reservation with a registrant that is there.
 
         When a registration is taken back, tgt hands the reservation on to one of the others. It is not our own that we
-        take back for that, but one more. What fails here shows in the look at the reservation that follows.
+        take back for that, right after the PREEMPT, but one made before. Where it cannot be made there is the repair.
         """
         key = PREFIX << 48 | secrets.randbits(RANDOM_BITS)
-        with suppress(PathFailure, ReservationConflict, DamagedReservation), self._spare_key(key) as spare:
-            if spare is None:
-                return
-            held = spare.read_reservation()
-            if held is not None and not held.ours and held.key == key:
+        spare: Nexus | None = None
+        with ExitStack() as stack:
+            with suppress(PathFailure, ReservationConflict, CheckCondition):
+                spare = stack.enter_context(self._spare())
+                if spare is not None:
+                    stack.enter_context(_registered(spare, key))
+            yield
+            if spare is not None and _held_by(spare.read_reservation(), key):
+                # Another node has preempted the same victim just before we made it.
                 self._any(lambda path: path.preempt(self.key, key, abort=False))
 
     @contextmanager
-    def _spare_key(self, key: int) -> Iterator[Nexus | None]:
-        """Have *key* registered over a path of its own for the length of a with block; None where there is none."""
+    def _spare(self) -> Iterator[Nexus | None]:
         spare = self._any(lambda path: path.spare())
-        if spare is None:
-            yield None
-            return
         try:
-            spare.register(0, key, aptpl=False)
             yield spare
         finally:
-            try:
-                # Not while the reservation hangs on it: that would end the reservation.
-                held = spare.read_reservation()
-                if held is None or held.ours or held.key != key:
-                    with suppress(ReservationConflict):
-                        spare.register(key, 0, aptpl=False)
-            finally:
+            if spare is not None:
                 spare.close()
 
     # --- fencing ----------------------------------------------------------------------------------------------
@@ -304,7 +314,7 @@ class Reservations:
         if victim == self.key:
             raise MisuseError(f"{self.device}: a node does not fence itself")
         self._own_keys()
-        if not self._our_reservation():
+        if not self._our_reservation(_GLANCE_S):
             raise ReservationLost(f"{self.device}: there is no reservation: fencing needs it")
         for attempt in range(_TRIES):
             try:
@@ -331,14 +341,14 @@ class Reservations:
         except CheckCondition as error:
             if not error.sense.refused:
                 raise
-        self._any(lambda path: self._preempt_on(path, victim, abort=False))
+        with self._anchored():
+            self._any(lambda path: self._preempt_on(path, victim, abort=False))
         try:
             self._any(lambda path: path.lun_reset())
         except NotOffered as error:
             raise Unconfirmed(
                 f"{self.device}: {key_text(victim)} is shut out, but its commands cannot be aborted"
             ) from (error)
-        self._anchor()
 
     def _preempt_on(self, path: Nexus, victim: int, *, abort: bool) -> None:
         try:
@@ -351,7 +361,7 @@ class Reservations:
     def _confirm(self, victim: int) -> None:
         if victim in self._own_keys().keys:
             raise Unconfirmed(f"{self.device}: {key_text(victim)} is still registered after preempting it")
-        if not self._our_reservation():
+        if not self._our_reservation(_GLANCE_S):
             raise ReservationLost(f"{self.device}: the reservation is gone after preempting {key_text(victim)}")
 
     # --- looking after it -------------------------------------------------------------------------------------
@@ -362,8 +372,7 @@ class Reservations:
         A generation that went back shows a restarted target even where other nodes have re-established theirs already.
         """
         self._must_be_registered()
-        keys = self._read_keys()
-        held = self._glance()
+        keys, held, damaged = self._look(_GLANCE_S)
         restarted = keys.generation < self._generation
         self.returned = frozenset(self._fenced.intersection(keys.keys))
         if self.key not in keys.keys:
@@ -372,15 +381,7 @@ class Reservations:
             self._state = _State.PREEMPTED
             return Standing.PREEMPTED
         self._generation = keys.generation
-        return Standing.OK if held is not None and held.ours else Standing.LOST
-
-    def _glance(self) -> Held | None:
-        for _ in range(int(_GLANCE_S / _PAUSE_S)):
-            held = self.read_reservation()
-            if held is None or held.known:
-                return held
-            self._sleep(_PAUSE_S)
-        return self.read_reservation()
+        return Standing.OK if held is not None and held.ours and not damaged else Standing.LOST
 
     def reestablish(self, still_ours: Callable[[], bool]) -> None:
         """After LOST, with all I/O frozen: register the same key again, and reserve.
@@ -501,11 +502,29 @@ class Reservations:
             raise Preempted(self.device, self.key)
         raise ReservationLost(f"{self.device}: our registration is gone: the target has restarted")
 
-    def _our_reservation(self) -> bool:
+    def _our_reservation(self, glance_s: float = 0) -> bool:
         """Whether ours is there; a damaged one does not count. Raises ForeignReservation."""
-        held = self.read_reservation()
-        if held is not None and not held.ours and held.known and held.key != self.key:
+        _, held, damaged = self._look(glance_s)
+        if held is not None and not held.ours and not damaged:
             raise ForeignReservation(
                 f"{self.device} has a reservation of type {held.type} that is not of MXFS; its owner must release it"
             )
-        return held is not None and held.ours
+        return held is not None and not damaged
+
+
+def _held_by(held: Held | None, key: int) -> bool:
+    """Whether a reservation of another type than ours is held by *key*."""
+    return held is not None and not held.ours and held.key == key
+
+
+@contextmanager
+def _registered(path: Nexus, key: int) -> Iterator[None]:
+    """Have *key* registered on *path* for the length of a with block."""
+    path.register(0, key, aptpl=False)
+    try:
+        yield
+    finally:
+        # Not while a damaged reservation hangs on it: that would end the reservation.
+        if not _held_by(path.read_reservation(), key):
+            with suppress(ReservationConflict):  # it was preempted
+                path.register(key, 0, aptpl=False)

@@ -313,7 +313,7 @@ def test_probing(tgt: Tgt) -> None:
 
 
 def test_probing_what_is_not_there(tgt: Tgt) -> None:
-    for url in (tgt.url.replace("disk", "nosuch"), tgt.url.replace(f":{tgt.port}", ":1")):
+    for url in (tgt.url.replace("reservations", "nosuch"), tgt.url.replace(f":{tgt.port}", ":1")):
         with pytest.raises(PathFailure, match="connecting"):
             open_reservations(url, timeout_ms=5000)
 

@@ -1,47 +1,37 @@
-"""A real iSCSI target on loopback: tgtd in the foreground, with a control socket and a port of its own."""
+"""A real iSCSI target on loopback (``mxfsd.lab.target``), with a control socket and a port of its own."""
 
 import contextlib
-import os
 import shutil
 import signal
 import socket
-import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from mxfsd.lab.target import Target, url
 from mxfsd.pr.iscsi import Iscsi
 
-TARGET = "iqn.2026-11.net.mxfs.test:disk"
-LUN = 1
-WAIT_S = 20.0
+HOST = "127.0.0.1"
 
 
 def free_port() -> int:
     """Return a TCP port of 127.0.0.1 that nobody listens on."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((HOST, 0))
         return int(probe.getsockname()[1])
-
-
-class TgtError(Exception):
-    """tgtd or tgtadm failed; the text has their output."""
 
 
 class Tgt:
     """One tgtd with one logical unit on *image*. Sessions opened with ``initiator`` are closed by ``close``."""
 
     def __init__(self, image: Path) -> None:
-        """Start it. Raises TgtError."""
+        """Start it. Raises IoFailure."""
         self.image = image
         self.port = free_port()
         # The path of a Unix socket is short, those of temporary folders of tests are not.
         self._folder = tempfile.mkdtemp(prefix="mxfs-tgt-")
-        self._environment = {**os.environ, "TGT_IPC_SOCKET": f"{self._folder}/ipc"}
-        self._log = Path(self._folder, "log")
+        self._target = Target(image, Path(self._folder), HOST, self.port)
         self._sessions: list[Iscsi] = []
-        self._process: subprocess.Popen[bytes] | None = None
         try:
             self.start()
         except BaseException:
@@ -51,7 +41,7 @@ class Tgt:
     @property
     def url(self) -> str:
         """Address of the logical unit."""
-        return f"iscsi://127.0.0.1:{self.port}/{TARGET}/{LUN}"
+        return url(HOST, self.port)
 
     def initiator(self, name: str, *, timeout_ms: int = 10_000) -> Iscsi:
         """Log in as an initiator of that name."""
@@ -61,34 +51,11 @@ class Tgt:
 
     def start(self) -> None:
         """Start tgtd and define the target; return when it can be logged in to."""
-        with open(self._log, "ab") as log:
-            self._process = subprocess.Popen(
-                ["tgtd", "-f", "--iscsi", f"portal=127.0.0.1:{self.port}"],
-                env=self._environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-            )
-        deadline = time.monotonic() + WAIT_S
-        while True:
-            try:
-                self._adm("--op", "show", "--mode", "sys")
-                break
-            except TgtError as error:
-                if self._process.poll() is not None or time.monotonic() > deadline:
-                    raise TgtError(f"tgtd does not run: {error}\n{self._log.read_text()}") from error
-            time.sleep(0.02)
-        self._adm("--op", "new", "--mode", "target", "--tid", "1", "-T", TARGET)
-        unit = ("--mode", "logicalunit", "--tid", "1", "--lun", str(LUN))
-        self._adm("--op", "new", *unit, "-b", str(self.image))
-        self._adm("--op", "bind", "--mode", "target", "--tid", "1", "-I", "ALL")
+        self._target.start()
 
     def kill(self) -> None:
         """End tgtd at once, as a loss of power would: what it had registered is gone."""
-        if self._process is not None:
-            self._process.kill()  # SIGTERM is ignored while a target is defined
-            self._process.wait(WAIT_S)
-            self._process = None
+        self._target.kill()
 
     def restart(self) -> None:
         """Lose all registrations."""
@@ -98,12 +65,12 @@ class Tgt:
     @contextlib.contextmanager
     def stopped(self) -> Iterator[None]:
         """Let it not answer for a while."""
-        assert self._process is not None
-        self._process.send_signal(signal.SIGSTOP)
+        assert self._target.process is not None
+        self._target.process.send_signal(signal.SIGSTOP)
         try:
             yield
         finally:
-            self._process.send_signal(signal.SIGCONT)
+            self._target.process.send_signal(signal.SIGCONT)
 
     def close(self) -> None:
         """Log everybody out, end tgtd, remove its files."""
@@ -112,15 +79,3 @@ class Tgt:
                 session.close()
         self.kill()
         shutil.rmtree(self._folder, ignore_errors=True)
-
-    def _adm(self, *words: str) -> None:
-        done = subprocess.run(
-            ["tgtadm", "--lld", "iscsi", *words],
-            env=self._environment,
-            capture_output=True,
-            text=True,
-            timeout=WAIT_S,
-            check=False,
-        )
-        if done.returncode:
-            raise TgtError(f"tgtadm {' '.join(words)}: {done.stderr.strip() or done.stdout.strip()}")

@@ -31,7 +31,11 @@ BLOCK = 512
 
 @dataclass
 class FakeTarget:
-    """One disk. *abort*: has PREEMPT AND ABORT; *aptpl*: keeps registrations over ``restart`` when asked to."""
+    """One disk. *abort*: has PREEMPT AND ABORT; *aptpl*: keeps registrations over ``restart`` when asked to.
+
+    *dangles*: as tgt does, it keeps the reservation with one registrant, *holder*; when that one is preempted, the
+    next registration is taken for the reservation, which then has the type 0 and the key *damaged*.
+    """
 
     abort: bool = True
     aptpl: bool = True
@@ -45,6 +49,10 @@ class FakeTarget:
     queued: list[tuple[str, int, bytes]] = field(default_factory=list)
     attentions: dict[str, deque[Sense]] = field(default_factory=dict)
     resets: int = 0
+    dangles: bool = False
+    holder: str | None = ""
+    damaged: int = 0
+    spares: int = 0
 
     def transport(self, name: str) -> "FakeTransport":
         self.attentions.setdefault(name, deque())
@@ -59,7 +67,7 @@ class FakeTarget:
         self.queued.clear()
         if not self.keep:
             self.registered.clear()
-            self.type = 0
+            self.type = self.damaged = 0
 
     def land(self) -> None:
         """Execute what is queued."""
@@ -92,13 +100,14 @@ class FakeTarget:
         if own == 0 or command.key != own:
             return CONFLICT
         if action is OutAction.RESERVE:
-            if self.type not in (0, command.type):
+            if self.type not in (0, command.type) or self.damaged:
                 return CONFLICT
+            self.holder = self.holder if self.type else name
             self.type = command.type
         elif action is OutAction.CLEAR:
             self._remove(set(self.registered), name)
             self.registered.clear()
-            self.type = 0
+            self.type = self.damaged = 0
             self.generation += 1
         elif action in (OutAction.PREEMPT, OutAction.PREEMPT_AND_ABORT):
             return self._preempt(name, command)
@@ -106,12 +115,16 @@ class FakeTarget:
 
     def _register(self, name: str, command: PrOut) -> int:
         if command.action_key:
+            if self.type and self.holder is None and name not in self.registered:
+                self.holder, self.damaged = name, command.action_key
             self.registered[name] = command.action_key
             self.keep = command.aptpl
         else:
-            self.registered.pop(name, None)
-            if not self.registered:
-                self.type = 0
+            gone = self.registered.pop(name, None)
+            if not self.registered or (self.damaged and gone == self.damaged):
+                self.type = self.damaged = 0
+            elif not self.damaged:
+                self.holder = next(iter(self.registered))
         self.generation += 1
         return 0
 
@@ -120,7 +133,13 @@ class FakeTarget:
         victims = {n for n, key in self.registered.items() if key == command.action_key or (everyone and n != name)}
         if not victims:
             return CONFLICT
+        if self.damaged:
+            victims.discard(name)
+            if command.action_key == self.damaged:
+                self.holder, self.type, self.damaged = name, command.type, 0
         self._remove(victims, name)
+        if self.dangles and self.holder in victims:
+            self.holder = None
         if command.action is OutAction.PREEMPT_AND_ABORT:
             self.queued = [entry for entry in self.queued if entry[0] not in victims]
         self.generation += 1
@@ -186,7 +205,8 @@ class FakeTransport:
         if action == 0:
             return Keys(target.generation, tuple(target.registered.values())).encode()
         if action == 1:
-            held = Held(target.generation, 0, target.type) if target.type else None
+            kind = 0 if target.damaged else target.type
+            held = Held(target.generation, target.damaged, kind) if target.type else None
             return ReservationData(target.generation, held).encode()
         if action == 2:
             return Capabilities(target.aptpl, target.keep, frozenset({5, 8})).encode()
@@ -204,6 +224,13 @@ class FakeTransport:
         self.hook("LOGICAL UNIT RESET")
         self.log.append("LOGICAL UNIT RESET")
         self.target.logical_unit_reset()
+
+    def spare(self) -> "FakeTransport | None":
+        self.hook("LOGIN")
+        if not self.target.dangles:
+            return None
+        self.target.spares += 1
+        return self.target.transport(f"{self.name}+{self.target.spares}")
 
     def close(self) -> None:
         self.closed = True

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from mxfs_proto.errors import MisuseError
 from mxfsd.pr.errors import (
     CheckCondition,
+    DamagedReservation,
     ForeignReservation,
     NotOffered,
     PathFailure,
@@ -23,7 +24,7 @@ from mxfsd.pr.errors import (
 from mxfsd.pr.reservations import Reservations, Standing
 from mxfsd.pr.scsi import ATTENTION_TRIES, Busy, ScsiNexus
 from mxfsd.pr.sense import Sense, SenseKey
-from mxfsd.pr.spc import MAX_KEY, Keys, read16, write16
+from mxfsd.pr.spc import MAX_KEY, Held, Keys, ReservationData, read16, write16
 
 A, B, C = 0xA, 0xB, 0xC
 DATA = b"x" * 512
@@ -59,7 +60,7 @@ def cluster(target: FakeTarget) -> tuple[Node, Node]:
     return Node(target, "a").join(A), Node(target, "b").join(B)
 
 
-KINDS = [FakeTarget, lambda: FakeTarget(abort=False, aptpl=False, full=False)]
+KINDS = [FakeTarget, lambda: FakeTarget(abort=False, aptpl=False, full=False, dangles=True)]
 
 
 @pytest.fixture(params=KINDS, ids=["whole", "like-tgt"])
@@ -656,3 +657,101 @@ def test_no_write_lands_after_a_confirmed_fence(script: list[tuple[str, int, int
             out.clear()  # everyone has left: whoever comes next begins anew
         for number in out:
             assert keys[number] not in target.registered.values()
+
+
+# --- a target that loses track of its reservation ---
+
+
+def tgt_like(spare: bool = True) -> FakeTarget:
+    return FakeTarget(abort=False, aptpl=False, full=False, dangles=spare)
+
+
+def damaged(target: FakeTarget, key: int) -> None:
+    """Show the reservation as one of type 0 that *key* holds."""
+    target.damaged = key
+
+
+def test_repairing_its_own_keeps_every_path_registered() -> None:
+    target = tgt_like()
+    b, a = Node(target, "b").join(B), Node(target, "a", paths=3).join(A)
+    damaged(target, A)
+    assert a.pr.check() is b.pr.check() is Standing.LOST
+    a.pr.reestablish(lambda: True)
+    assert target.registered == {"a0": A, "a1": A, "a2": A, "b0": B}
+    assert a.pr.check() is b.pr.check() is Standing.OK
+
+
+def test_a_repair_under_way_is_no_loss() -> None:
+    target = tgt_like()
+    a, b = cluster(target)
+    damaged(target, A)
+    pauses: list[float] = []
+
+    def repair(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 3:
+            a.pr.reestablish(lambda: True)
+
+    b.pr = Reservations("disk", b.nexuses, sleep=repair)
+    b.pr.register(B)
+    assert b.pr.check() is Standing.OK
+    assert len(pauses) == 3
+
+
+def test_a_fencer_whose_further_key_is_taken_for_the_reservation_takes_it_over() -> None:
+    """Another node preempts the same victim while this one gets ready: then that key is the next registration."""
+    target = tgt_like()
+    a, b = cluster(target)
+    c = Node(target, "c").join(C)
+    c.nexuses[0].preempt(C, A, abort=False)
+    b.pr.preempt(A)
+    assert (target.type, target.damaged, target.holder) == (8, 0, "b0")
+    assert target.registered == {"b0": B, "c0": C}
+
+
+def test_a_further_key_on_which_the_reservation_hangs_stays() -> None:
+    """Nothing comes through any more before it is taken over: to take the key back would end the reservation."""
+    target = tgt_like()
+    a, b = cluster(target)
+    b.nexuses[0].preempt(B, A, abort=False)
+
+    def cut(what: str) -> None:
+        if what == "PREEMPT" and target.damaged:
+            raise PathFailure("no connection")
+
+    b.wire.hook = cut
+    with pytest.raises(PathFailure):
+        b.pr.preempt(A)
+    assert target.damaged in target.registered.values()
+    assert target.type == 8
+    assert not target.allowed("a0")
+
+
+def test_no_spare_path_and_a_key_that_nobody_has() -> None:
+    target = tgt_like(spare=False)
+    a, b = cluster(target)
+    damaged(target, C)
+    with pytest.raises(DamagedReservation, match="type 0 whose holder 0x000000000000000c is not registered"):
+        a.pr.reestablish(lambda: True)
+    assert target.registered == {"a0": A, "b0": B}
+    target.dangles = True
+    a.pr.reestablish(lambda: True)
+    assert target.registered == {"a0": A, "b0": B}
+    assert a.pr.check() is b.pr.check() is Standing.OK
+
+
+def test_a_reservation_of_no_type_and_no_key_removes_nobody() -> None:
+    target = tgt_like()
+    a, b = cluster(target)
+
+    class Blank(FakeTransport):
+        def _read(self, action: int) -> bytes:
+            if action == 1:
+                return ReservationData(1, Held(1, 0, 10)).encode()
+            return super()._read(action)
+
+    a.nexuses[0].transport = Blank(target, "a0")
+    assert a.pr.check() is Standing.LOST
+    with pytest.raises(DamagedReservation):
+        a.pr.reestablish(lambda: True)
+    assert target.registered == {"a0": A, "b0": B}
