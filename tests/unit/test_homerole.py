@@ -14,7 +14,7 @@ from mxfs_proto.errors import PeerError
 from mxfs_proto.frames import Frame, FrameType, ReclaimEntry, pack_reclaim
 from mxfs_proto.lockflags import LockFlag
 from mxfs_proto.modes import LockMode
-from mxfs_proto.ops import NO_FID, Fid, Grant, Op, OpFlag, pack_request, unpack_reply
+from mxfs_proto.ops import NO_FID, Fid, Grant, Op, OpFlag, WriteFlag, pack_request, unpack_reply
 from mxfs_proto.records import LockBast, LockGrant, LockRecord, LockRelease, LockReq, Opens
 from mxfsd.core.epochs import first_seq
 from mxfsd.core.sessions import SessionTable
@@ -203,6 +203,63 @@ async def test_what_freeze_dropped_may_be_sent_again(rig: Rig) -> None:
     after.ship(A, 2, Op.UNLINK, *rig.base, b"file", *NO_FID, epoch=EPOCH + 1)
     assert (await after.reply(Op.UNLINK))[0] == 0
     await after.role.freeze()
+
+
+async def test_what_the_home_before_died_in_is_executed_once(rig: Rig) -> None:
+    """Nothing is handed over but the volume."""
+    file = await rig.make(A, 1, b"file")
+    rig.ship(A, 2, Op.WRITE, *file, 0, WriteFlag.APPEND, b"one", ack=1)
+    assert (await rig.reply(Op.WRITE))[2] == [0, 3]
+    rig.ship(A, 3, Op.UNLINK, *rig.base, b"file", *file, ack=1)
+    wanted = await rig.reply(Op.UNLINK)
+    after = Rig(rig.lower, EPOCH + 1)
+    after.ship(A, 3, Op.UNLINK, *rig.base, b"file", *file, ack=1, epoch=EPOCH + 1)
+    assert await after.reply(Op.UNLINK) == (0, [], wanted[2])
+    after.ship(A, 2, Op.WRITE, *file, 0, WriteFlag.APPEND, b"one", ack=1, epoch=EPOCH + 1)
+    assert (await after.reply(Op.WRITE))[2] == [0, 3]
+    await after.role.freeze()
+
+
+@pytest.mark.error_logs
+async def test_a_force_that_fails_is_answered_by_nobody(rig: Rig) -> None:
+    rig.lower.gate.fail = OSError(errno.EIO, "no disk")
+    for seq in (1, 2):
+        rig.ship(A, seq, Op.MKDIR, *rig.base, b"dir%d" % seq, 0o755)
+    rig.ship(B, 1, Op.LOOKUP, *rig.base, b"dir1")
+    await until(lambda: rig.failures and not rig.role._tasks)
+    assert len(rig.failures) == 1, "told once"
+    rig.lower.gate.fail = None
+    rig.ship(B, 2, Op.STATFS)
+    await turns()
+    assert rig.replies == [], "nor what comes later"
+    rig.failures.clear()
+
+
+@pytest.mark.error_logs
+async def test_a_grant_whose_commit_fails_is_not_sent(rig: Rig) -> None:
+    file = await rig.make(A, 1, b"file")
+    rig.ship(A, 2, Op.WRITE, *file, 0, 0, b"data")
+    await rig.reply(Op.WRITE)
+    rig.lower.gate.fail = OSError(errno.EIO, "no disk")
+    rig.role.on_lock(B, LockReq(9, file.ino, LockMode.PR, LockFlag.NONE, 0, 0))
+    await until(lambda: rig.failures)
+    await turns()
+    assert rig.of(B) == []
+    rig.failures.clear()
+
+
+async def test_sessions_that_nobody_goes_on_with_are_forgotten(rig: Rig) -> None:
+    for node in (A, B):
+        await rig.make(node, 1, b"file%d" % node)
+    after = Rig(rig.lower, EPOCH + 1)
+    assert sorted(after.role.sessions.sessions()) == [A, B]
+    after.role.reclaimed(B, B)
+    after.role.forget_sessions()
+    assert after.role.sessions.sessions() == [B]
+    assert len(after.recovered.records) == 1, "its place is free"
+    after.role.node_gone(B)
+    assert after.role.sessions.sessions() == []
+    assert len(after.recovered.records) == 0
 
 
 # -- grants and commits ------------------------------------------------------------------------------------------
