@@ -113,8 +113,13 @@ class PrFencing:
             )
 
     def check(self) -> Standing:
-        """See Fencing."""
-        return self._reservations.check()
+        """See Fencing. Keys that were fenced and are registered again (the target had restarted) are fenced again."""
+        standing = self._reservations.check()
+        if standing is Standing.OK:
+            for key in self._reservations.returned:
+                log.warning("a fenced registration has come back", key=key_text(key))
+                self._reservations.preempt(key)
+        return standing
 
     def reestablish(self, still_ours: Callable[[], bool]) -> None:
         """See Fencing."""
