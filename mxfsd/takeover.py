@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-_RECENT = frozenset({SlotState.JOINING, SlotState.ACTIVE, SlotState.RESTARTING})
-"""States of slots whose node may hold locks of the home before."""
+_RECENT = frozenset({SlotState.CLAIMING, SlotState.JOINING, SlotState.ACTIVE, SlotState.RESTARTING})
+"""States of slots whose node may hold locks of the home before. A daemon that was started again claims its slot."""
 
 
 def judge(
@@ -140,7 +140,7 @@ class Succession:
             elif isinstance(effect, Settle):
                 await self._daemon.settle_operations()
                 log.info("operations settled", ms=now_ms() - self.began_ms)
-                effects = self._machine.settled(self._who())
+                effects = self._machine.settled(await self._who())
             elif isinstance(effect, AwaitReclaims):
                 self._daemon.await_reclaims(effect.nodes)
             elif isinstance(effect, Serve):
@@ -193,7 +193,7 @@ class Succession:
         log.info("lease claimed", epoch=held.record.epoch, ms=now_ms() - self.began_ms)
         return self._machine.claimed(held.record.epoch)
 
-    def _who(self) -> set[int]:
+    async def _who(self) -> set[int]:
         """The nodes to hear before serving: those named, or all that may hold something.
 
         The one just fenced only where its FUSE layer lives, and goes on with its next daemon: it has files open that
@@ -201,19 +201,19 @@ class Succession:
         """
         daemon = self._daemon
         victim = self._victim
-        report = daemon.heartbeat.report if daemon.heartbeat is not None else None
-        views = report.slots.values() if report is not None else ()
-        recent = {view.slot: view.incarnation for view in views if view.state in _RECENT}
+        # Read now: the last report may be older than the last word of a daemon that starts again.
+        slots = [slot for slot in await asyncio.to_thread(daemon.lockspace.read_slots) if slot is not None]
+        recent = {slot.slot: slot.incarnation for slot in slots if slot.state in _RECENT}
         gone = {daemon.slot}
-        for view in views:
-            old = victim is not None and (view.slot, view.incarnation) == (victim.slot, victim.incarnation)
-            if old and view.state is not SlotState.RESTARTING:
-                gone.add(view.slot)
+        for slot in slots:
+            old = victim is not None and (slot.slot, slot.incarnation) == (victim.slot, victim.incarnation)
+            if old and slot.state is not SlotState.RESTARTING:
+                gone.add(slot.slot)
         named = self._members if self._members is not None else set(recent)
-        members = {slot: recent[slot] for slot in named - gone if slot in recent}
+        members = {number: recent[number] for number in named - gone if number in recent}
         assert daemon.members is not None
-        for slot, incarnation in members.items():
-            daemon.members.expect(slot, incarnation)
+        for number, incarnation in members.items():
+            daemon.members.expect(number, incarnation)
         fuse = daemon.fuse
         own = {daemon.slot} if fuse is not None and (fuse.attached.is_set() or fuse.continues) else set()
         return set(members) | own

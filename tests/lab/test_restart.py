@@ -87,8 +87,12 @@ def test_daemons_are_killed_ten_times(lab: Lab, work: Work) -> None:
             back = procs.wait_until(lambda name=victim: serving(lab, name), 30)  # type: ignore[misc]
             assert back, f"{victim} did not come back\n{lab.logs()}"
         load.wait_for_work(10)
-    assert load.errors == []
-    load.check()
+    try:
+        assert load.errors == []
+        load.check()
+    except AssertionError:
+        print(lab.logs(400))
+        raise
 
 
 @pytest.mark.parametrize("which", ["client", "home"])
