@@ -29,7 +29,7 @@ def collect(device: str, timeout_ms: int) -> dict[str, Any]:
     """Return what the disk says of its reservations. Raises MxfsError, MisuseError for a disk that has none."""
     probe = open_reservations(device, timeout_ms=timeout_ms)
     if probe.reservations is None:
-        raise MisuseError(f"{device} has no persistent reservations: {probe.reason}")
+        raise MisuseError(f"no persistent reservations: {probe.reason}")
     reservations = probe.reservations
     try:
         generation = reservations.read_keys().generation

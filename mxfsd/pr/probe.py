@@ -54,13 +54,13 @@ def open_reservations(
         for path in paths:
             path.read_keys()
         reservations.read_reservation()
-    except NotOffered as error:
-        reason = str(error)
+    except NotOffered:
+        reason = _why_not(device, transport, sysfs)
     except CheckCondition as error:
         if not error.sense.refused:
             reservations.close()
             raise
-        reason = str(error)
+        reason = f"the target of {device} does not have them ({error.sense})"
     except BaseException:
         reservations.close()
         raise
@@ -83,9 +83,9 @@ def _open_device(device: str, timeout_ms: int, sysfs: Path) -> tuple[list[Nexus]
     status = _stat(device)
     if not stat.S_ISBLK(status.st_mode):
         if stat.S_ISREG(status.st_mode):
-            raise _NoReservations(f"{device} is a file, which has no reservations")
+            raise _NoReservations(f"{device} is a file")
         raise MisuseError(f"{device} is no block device")
-    folder = (sysfs / f"dev/block/{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}").resolve()
+    folder = _folder(device, sysfs)
     name = folder.name
     if (folder / "partition").exists():
         raise _NoReservations(f"{device} is a partition; reservations belong to a whole disk")
@@ -108,6 +108,23 @@ def _open_device(device: str, timeout_ms: int, sysfs: Path) -> tuple[list[Nexus]
             path.close()
         raise
     return paths, "multipath"
+
+
+def _why_not(device: str, transport: str, sysfs: Path) -> str:
+    """Return in plain words why the kernel passes no reservation commands on to the device."""
+    if transport == "nvme":
+        return f"{device} is an NVMe disk without reservations"
+    if transport == "multipath":
+        return f"the paths of {device} are no SCSI disks"
+    if _folder(device, sysfs).name.startswith("loop"):
+        return f"{device} is a loop device"
+    return f"{device} is no SCSI disk"
+
+
+def _folder(device: str, sysfs: Path) -> Path:
+    """Return the folder of a block device in sysfs."""
+    status = _stat(device)
+    return (sysfs / f"dev/block/{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}").resolve()
 
 
 def _stat(device: str) -> os.stat_result:

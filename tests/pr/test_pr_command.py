@@ -56,7 +56,7 @@ def one_line(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 def test_devices_without(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     image = tmp_path / "disk.img"
     image.write_bytes(bytes(4096))
-    assert "has no persistent reservations" in one_line(capsys, str(image))
+    assert one_line(capsys, str(image)) == f"mxfs pr: no persistent reservations: {image} is a file"
     assert "No such file" in one_line(capsys, "/dev/nosuch")
     assert "no block device" in one_line(capsys, "/dev/null")
     assert "iscsi://HOST" in one_line(capsys, "iscsi://nowhere")
@@ -64,8 +64,7 @@ def test_devices_without(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 @pytest.mark.needs("root", "loop")
 def test_a_loop_device(tmp_path: Path, capsys: pytest.CaptureFixture[str], loop_device: str) -> None:
-    line = one_line(capsys, loop_device)
-    assert line.startswith(f"mxfs pr: {loop_device} has no persistent reservations")
+    assert one_line(capsys, loop_device) == f"mxfs pr: no persistent reservations: {loop_device} is a loop device"
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "x", "nan", "1e9"])

@@ -490,6 +490,31 @@ def test_a_scsi_disk_without_reservations(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert "invalid command operation code" in found.reason
 
 
+@pytest.mark.parametrize("code", [errno.ENOTTY, errno.EINVAL, errno.EOPNOTSUPP])
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("loop3", "/dev/loop3 is a loop device"),
+        ("vda", "/dev/vda is no SCSI disk"),
+        ("nvme0n1", "/dev/nvme0n1 is an NVMe disk without reservations"),
+        ("dm-3", "the paths of /dev/dm-3 are no SCSI disks"),
+    ],
+)
+def test_what_is_no_such_disk_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: int, name: str, reason: str
+) -> None:
+    disk = fake(monkeypatch, tmp_path, name)
+    if name == "dm-3":
+        (disk.folder / "dm").mkdir()
+        (disk.folder / "dm/uuid").write_text("mpath-3600140\n")
+        (disk.folder / "slaves/vdb").mkdir(parents=True)
+    monkeypatch.setattr(probe, "SgIo", lambda path, timeout_ms: SgIo("/dev/null", ioctl=failing(code)))
+    monkeypatch.setattr(probe, "BlockNexus", lambda path: BlockNexus("/dev/null", ioctl=failing(code)))
+    found = probe.open_reservations(f"/dev/{name}", sysfs=disk.sysfs)
+    assert found.reservations is None
+    assert found.reason == reason
+
+
 @pytest.mark.parametrize("code", [errno.EPERM, errno.EIO])
 def test_what_may_pass_is_no_reason_to_go_without(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: int) -> None:
     disk = fake(monkeypatch, tmp_path, "sdb")
