@@ -29,6 +29,7 @@ from mxfsd.core.lease import HeldLease, renewed
 from mxfsd.core.lockcache import LockCache
 from mxfsd.core.membership import Membership
 from mxfsd.core.sessions import SessionTable
+from mxfsd.core.takeover import Takeover, Verdict
 from mxfsd.core.timeouts import Timeouts
 
 TIMEOUTS = Timeouts.derive(heartbeat_ms=200, lease_ms=1000, node_dead_ms=2500, claim_wait_ms=90)
@@ -60,10 +61,13 @@ class Rules:
     self_fence: bool = True
     epoch: bool = True
     grants_by_link: bool = True
+    mount_after_lease: bool = True
     master: Callable[..., Any] = LockMaster
     cache: Callable[..., Any] = LockCache
     sessions: Callable[..., Any] = SessionTable
     membership: Callable[..., Any] = Membership
+    takeover: Callable[..., Any] = Takeover
+    keeper: Callable[..., Any] = Keeper
 
 
 class World:
@@ -146,7 +150,7 @@ class World:
         keeper.hold(HeldLease(lease, node.clock()), node.clock())
         node.guard_lease()
         node.takeover.suspect()
-        effects = node.takeover.judged(_none())
+        effects = node.takeover.judged(Verdict.NONE)
         assert effects
         node.snap = None
         node.go(node.takeover.claimed(1))
@@ -211,12 +215,6 @@ class World:
                 if last > self.calm_ms and self.settled():
                     break
         self.ledger.finish()
-
-
-def _none() -> Any:
-    from mxfsd.core.takeover import Verdict
-
-    return Verdict.NONE
 
 
 def simulate(seed: int, rules: Rules | None = None, verbose: bool = False, **more: Any) -> World:

@@ -63,6 +63,7 @@ class Fuse:
         self.busy: dict[int, str] = {}
         self.excused: set[int] = set()
         self.writing: set[int] = set()
+        self.losses = 0
 
     def opens_of(self, ino: int) -> tuple[int, int]:
         return (self.counts[ino], 0) if ino in self.counts else (0, 0)
@@ -277,8 +278,10 @@ class Fuse:
     def commit(self, ino: int) -> Steps:
         """Have the home commit what was answered of a file, and keep it no longer."""
         covered = list(self.kept[ino])
-        promised = self.world.ledger.owned(self, ino)
+        promised, losses = self.world.ledger.owned(self, ino), self.losses
         yield self.ship(0, ("fsync", ino))
+        if losses != self.losses:
+            promised = {}  # EIO: the lower mount of this node went down meanwhile, with what was written there
         self.kept[ino] = [piece for piece in self.kept[ino] if piece not in covered]
         gone = {(ino, *piece) for piece in covered}
         self.order = [piece for piece in self.order if piece not in gone]

@@ -1,5 +1,6 @@
 """The faults of the failover simulator, and how a seed chooses among them."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -144,11 +145,16 @@ KINDS = {
 }
 
 
-def plan(world: "World") -> None:
+def plan(world: "World", kinds: dict[str, int] = KINDS) -> None:
     """Choose one to three faults."""
     rng = world.engine.rng
     faults = Faults(world)
-    for kind in rng.choices(list(KINDS), list(KINDS.values()), k=rng.choice((1, 1, 2, 2, 3))):
+    for kind in rng.choices(list(kinds), list(kinds.values()), k=rng.choice((1, 1, 2, 2, 3))):
         at = rng.randrange(150, 2200)
         world.faults.append(f"{kind}@{at}")
         world.engine.at(at, getattr(faults, kind))
+
+
+def only(*kinds: str) -> Callable[["World"], None]:
+    """Return a plan with these kinds of faults alone."""
+    return lambda world: plan(world, dict.fromkeys(kinds, 1))

@@ -225,6 +225,10 @@ class Home:
             return
         if old is not None:
             self.world.net.lose(old)
+        if continues and slot != self.me and not self.membership.incarnation(slot):
+            # It was put out by a home before this one, or comes back in another slot: what it held is not its own.
+            self.world.net.send(link, self.node.number, "lock", client.daemon, client.refused, incarnation)
+            return
         if slot != self.me:
             effects = self.membership.on_connected(self.node.clock(), slot, incarnation, continues)
             if any(isinstance(effect, Refused) for effect in effects):

@@ -67,7 +67,7 @@ class Node:
         self.keeper: Keeper | None = None
         self.watch = Watch(world.timeouts.lease_ms)
         self.snap: Snapshot | None = None
-        self.takeover = Takeover()
+        self.takeover: Takeover = self.rules.takeover()
         self.home: Home | None = None
         self.mount: Mount | None = None
         self.link: Link | None = None
@@ -139,7 +139,7 @@ class Node:
         if self.host.away:
             world.engine.at(200, self.join, proc=self.daemon)
             return
-        self.takeover = Takeover()
+        self.takeover = self.rules.takeover()
         if world.disk.pr:
             world.disk.register(self.host, self.nonce())
         joiner = Joiner(self.uuid, f"n{self.number}", self.host.key, last_incarnation=self.incarnation)
@@ -157,8 +157,9 @@ class Node:
         """A slot is ours: the heartbeat process starts."""
         self.slot, self.incarnation = held.record.slot, held.record.incarnation
         self.note(f"slot {self.slot}, incarnation {self.incarnation}, goes on from {self.continues}")
-        self.keeper = Keeper(held, self.world.timeouts)
-        self.keeper.set_state(SlotState.ACTIVE)
+        keeper = self.keeper = self.rules.keeper(held, self.world.timeouts)
+        assert isinstance(keeper, Keeper)
+        keeper.set_state(SlotState.ACTIVE)
         self.watch = Watch(self.world.timeouts.lease_ms)
         self.snap = None
         self.heart.start()
@@ -283,6 +284,7 @@ class Node:
         """What was written here and not synced is gone with the lower mount."""
         if self.fuse is not None:
             self.world.ledger.lost(self.fuse.serial)
+            self.fuse.losses += 1
             self.fuse.excused |= {ino for ino, count in self.fuse.counts.items() if count}
 
     # -- ends of processes -------------------------------------------------------------------------------------
@@ -578,13 +580,18 @@ class Node:
     def claim_lease(self, victim: Victim | None) -> None:
         snap, keeper = self.snap, self.keeper
         assert keeper is not None
-        evidence, wait_ms = None, 0
+        times = self.world.timeouts
+        evidence = None
+        if not self.rules.mount_after_lease:
+            self.mount = Mount(self.world, self.host, self.host.key)
+        # A claim of ours that was given up counts as over after that time, by this claim's own watch.
+        wait_ms = times.lease_ms + times.claim_wait_ms + 2 * times.heartbeat_ms if victim is None else 0
         if victim is not None and snap is not None and snap.lease is not None and victim.verdict is Verdict.SILENT:
             slot = snap.slot(victim.slot)
             if slot is not None:
                 evidence = Evidence(victim.slot, victim.incarnation, slot.counter, snap.lease.sequence)
             else:
-                wait_ms = self.world.timeouts.node_dead_ms + 4 * self.world.timeouts.heartbeat_ms
+                wait_ms = times.node_dead_ms + 4 * times.heartbeat_ms
 
         def done(action: Any) -> None:
             if not isinstance(action, HeldLease) or keeper is not self.keeper:
@@ -608,7 +615,8 @@ class Node:
             self.self_fence("lease over before the mount")
             self.restart_daemon(own=True)
             return
-        self.mount = Mount(self.world, self.host, self.host.key)
+        if self.mount is None or self.rules.mount_after_lease:
+            self.mount = Mount(self.world, self.host, self.host.key)
         self.world.ledger.serves(epoch, self.number)
         self.world.takeovers += 1
         self.home = Home(self, epoch, self.mount)
