@@ -169,7 +169,7 @@ class Node:
 
     @property
     def in_flight(self) -> Mapping[int, Span]:
-        """READ and WRITE upcalls of cached descriptors that wait, by serial. The kernel may have locked their folios."""
+        """READ and WRITE upcalls of cached descriptors that wait, by serial. Their folios may be locked."""
         return self._in_flight or _NO_SPANS
 
     def came(self, serial: int, start: int, end: int) -> None:

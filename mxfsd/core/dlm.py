@@ -57,6 +57,10 @@ PASS_LIMIT = 4
 """So many conversions may go ahead of a waiter that came before them."""
 
 
+def _by_node(hold: Hold) -> int:
+    return hold.node
+
+
 class LockMaster:
     """The master of all resources of a volume."""
 
@@ -161,7 +165,7 @@ class LockMaster:
                 out.append(Bast(node, ino, hold.seq, sent.mode, FLAGS[sent.flags]))
         else:
             if mode is _NL:
-                del rec.held[node]
+                rec.held.pop(node)
             elif COVERS[hold.mode][mode]:
                 hold.mode = mode
             if sent is not None:
@@ -179,9 +183,10 @@ class LockMaster:
                 return out
             rec = self._make(ino, now_ms)
             self._set_opens(rec, node, opens)
-            if self._home in rec.held:  # its implicit EX would let the home open the file without asking
+            implicit = rec.held.get(self._home) if self._home is not None else None
+            if implicit is not None:  # it would let the home open the file without asking
                 self.basts += 1
-                out.append(Bast(self._home, ino, rec.held[self._home].seq, _EX, FLAGS[0]))
+                out.append(Bast(implicit.node, ino, implicit.seq, _EX, FLAGS[0]))
             return out
         self._set_opens(rec, node, opens)
         self._pump(rec, now_ms, out)
@@ -296,7 +301,7 @@ class LockMaster:
         """
         out: list[Effect] = []
         for rec in list(self._records.values()):
-            touched = rec.held.pop(node, None) is not None
+            touched = rec.held.pop(node) is not None
             if rec.opens and rec.opens.pop(node, None) is not None:
                 rec.opens = rec.opens or None
                 touched = True
@@ -376,7 +381,7 @@ class LockMaster:
         rec = self._records.get(ino)
         if rec is None:
             return {} if self._home is None else {self._home: _EX}
-        return {node: hold.mode for node, hold in rec.held.items()}
+        return {hold.node: hold.mode for hold in rec.held}
 
     def recorded(self) -> list[int]:
         """Return the resources that have a record: those on which the home holds nothing implicitly."""
@@ -385,7 +390,7 @@ class LockMaster:
     def snapshot(self, now_ms: int) -> Iterator[ResourceView]:
         """Yield every record as ``mxfs locks`` shows it."""
         for rec in list(self._records.values()):
-            holders = [HolderView(n, h.mode, h.seq, now_ms - h.at_ms) for n, h in sorted(rec.held.items())]
+            holders = [HolderView(h.node, h.mode, h.seq, now_ms - h.at_ms) for h in sorted(rec.held, key=_by_node)]
             holders += [HolderView(node, mode, 0, 0, op) for op, (node, mode) in (rec.ops or {}).items()]
             yield ResourceView(
                 rec.ino,
@@ -404,13 +409,14 @@ class LockMaster:
         rec = self._records[ino] = Record(ino)
         self._served = not self._grace
         if self._home is not None and not self._grace:
-            rec.held[self._home] = Hold(_EX, self._next(), now_ms)
+            rec.held.put(Hold(self._home, _EX, self._next(), now_ms))
         return rec
 
     def _hold(self, rec: Record, node: int, mode: LockMode, now_ms: int) -> Hold:
         hold = rec.held.get(node)
         if hold is None:
-            hold = rec.held[node] = Hold(mode, self._next(), now_ms)
+            hold = Hold(node, mode, self._next(), now_ms)
+            rec.held.put(hold)
         else:
             hold.mode = mode
             hold.seq = self._next()
@@ -452,8 +458,8 @@ class LockMaster:
         own = rec.held.get(node)
         mode = waiter.mode if own is None or waiter.op_id else JOIN[own.mode][waiter.mode]
         row = COMPATIBLE[mode]
-        for other, hold in rec.held.items():
-            if other != node and not row[hold.mode]:
+        for hold in rec.held:
+            if hold.node != node and not row[hold.mode]:
                 return True
         if rec.ops:
             for other, op_mode in rec.ops.values():
@@ -540,7 +546,8 @@ class LockMaster:
         waiting = False
         if rec.basts is None:
             rec.basts = {}
-        for node, hold in rec.held.items():
+        for hold in rec.held:
+            node = hold.node
             if node == waiter.node or COMPATIBLE[mode][hold.mode]:
                 continue
             sent = rec.basts.get(node)
@@ -599,15 +606,15 @@ class LockMaster:
         home = self._home
         if rec.queue or rec.ops or self._grace:
             return
-        for node in rec.held:
-            if node != home:
+        for hold in rec.held:
+            if hold.node != home:
                 return
         for node in rec.opens or ():
             if node != home or home is None:
                 return
         if home is not None:
-            hold = rec.held.get(home)
-            if hold is None or hold.mode is not _EX:
+            own = rec.held.get(home)
+            if own is None or own.mode is not _EX:
                 if linger and self._linger_ms:
                     self._lingering.setdefault(rec.ino, now_ms + self._linger_ms)
                     return
