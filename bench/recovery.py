@@ -27,6 +27,7 @@ from typing import Any
 
 from bench.columns import BenchError, lab_command
 from bench.survivor import content
+from mxfsd.lab.lab import Lab
 
 NODES = 3
 SURVIVOR = Path(__file__).with_name("survivor.py")
@@ -113,8 +114,7 @@ class Run:
 
     def status(self) -> dict[str, Any]:
         """The lab's status."""
-        found: dict[str, Any] = json.loads(lab_command("status", self.lab, "--json"))
-        return found
+        return Lab(self.lab).status()
 
     def start(self) -> None:
         """Make the lab and the files; start a program on every node."""
@@ -150,11 +150,11 @@ class Run:
         died = self.survivors[home]
         began = time.monotonic()
         if self.options.kind == "kill":
-            lab_command("kill", self.lab, f"n{home}")
+            Lab(self.lab).kill(f"n{home}")
             self.survivors.pop(home)
             self.retire(died, dead=True)
         else:
-            lab_command("crash", self.lab, f"n{home}", "--process", "daemon")
+            Lab(self.lab).crash_process(f"n{home}", "daemon")
         others = [one for number, one in self.survivors.items() if number != home]
 
         def gone_on() -> bool:
