@@ -703,7 +703,7 @@ class HomeService:
                 self.bytes_written += total
         if flags & WriteFlag.KILL_PRIV:
             kill_priv(fd)
-        if stable and c.key is not None:
+        if stable:
             await self._commit_stable(c, fid)
             self._end(c, [placed, total] if c.request.op is Op.WRITE else [total], fid)
         return placed, total

@@ -318,6 +318,23 @@ async def test_data_is_committed_before_another_node_sees_or_changes_it(
     assert lower.synced[1] == file
 
 
+async def test_a_stable_write_is_durable_before_anybody_sees_it(home: Home, lower: GatedLower, base: Fid) -> None:
+    file = await home.make(A, base, b"file")
+    lower.synced.clear()
+    lower.gate.shut()
+    one = home.start(A, Op.WRITE, *write(file, b"A", 0, WriteFlag.STABLE))
+    await until(lower.gate.entered.is_set)
+    read = home.start(B, Op.READ, *file, 0, 10)
+    await turns()
+    assert not one.done()
+    assert not read.done()
+    lower.gate.open()
+    assert (await one).values == [0, 1]
+    assert (await read).values == [b"A"]
+    assert lower.synced[0] == file
+    assert not home.service.must_commit(file.ino, B)
+
+
 async def test_of_two_that_wait_for_a_commit_the_second_waits_for_the_first_too(
     home: Home, lower: GatedLower, base: Fid
 ) -> None:

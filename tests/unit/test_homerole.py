@@ -220,6 +220,20 @@ async def test_what_the_home_before_died_in_is_executed_once(rig: Rig) -> None:
     await after.role.freeze()
 
 
+async def test_a_stable_write_is_not_repeated_by_the_next_home(rig: Rig) -> None:
+    """Another node may have written over it since."""
+    file = await rig.make(A, 1, b"file")
+    rig.ship(A, 2, Op.WRITE, *file, 0, WriteFlag.STABLE, b"older", ack=1)
+    await rig.reply(Op.WRITE)
+    rig.ship(B, 1, Op.WRITE, *file, 0, WriteFlag.STABLE, b"newer")
+    await rig.reply(Op.WRITE)
+    after = Rig(rig.lower, EPOCH + 1)
+    after.ship(A, 2, Op.WRITE, *file, 0, WriteFlag.STABLE, b"older", ack=1, epoch=EPOCH + 1)
+    assert (await after.reply(Op.WRITE))[2] == [0, 5]
+    assert os.pread(rig.lower.file_fd(file), 10, 0) == b"newer"
+    await after.role.freeze()
+
+
 @pytest.mark.error_logs
 async def test_a_force_that_fails_is_answered_by_nobody(rig: Rig) -> None:
     rig.lower.gate.fail = OSError(errno.EIO, "no disk")
