@@ -5,6 +5,7 @@ that nobody has to be fenced where the lease was let go.
 """
 
 import asyncio
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import structlog
@@ -138,9 +139,12 @@ class Succession:
                 log.info("lower mounted", ms=now_ms() - self.began_ms)
                 effects = self._machine.mounted()
             elif isinstance(effect, Settle):
+                # Read now, since the last report may be older than the last word of a daemon that starts again; and
+                # before anybody can connect: who reclaims before it is awaited would be awaited for ever.
+                slots = await asyncio.to_thread(self._daemon.lockspace.read_slots)
                 await self._daemon.settle_operations()
                 log.info("operations settled", ms=now_ms() - self.began_ms)
-                effects = self._machine.settled(await self._who())
+                effects = self._machine.settled(self._who(slots))
             elif isinstance(effect, AwaitReclaims):
                 self._daemon.await_reclaims(effect.nodes)
             elif isinstance(effect, Serve):
@@ -193,7 +197,7 @@ class Succession:
         log.info("lease claimed", epoch=held.record.epoch, ms=now_ms() - self.began_ms)
         return self._machine.claimed(held.record.epoch)
 
-    async def _who(self) -> set[int]:
+    def _who(self, found: Sequence[SlotRecord | None]) -> set[int]:
         """The nodes to hear before serving: those named, or all that may hold something.
 
         The one just fenced only where its FUSE layer lives, and goes on with its next daemon: it has files open that
@@ -201,8 +205,7 @@ class Succession:
         """
         daemon = self._daemon
         victim = self._victim
-        # Read now: the last report may be older than the last word of a daemon that starts again.
-        slots = [slot for slot in await asyncio.to_thread(daemon.lockspace.read_slots) if slot is not None]
+        slots = [slot for slot in found if slot is not None]
         recent = {slot.slot: slot.incarnation for slot in slots if slot.state in _RECENT}
         gone = {daemon.slot}
         for slot in slots:
