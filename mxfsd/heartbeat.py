@@ -83,8 +83,10 @@ class Beater:
     ) -> None:
         self.clock = clock
         self.guard = guard
-        # The FUSE layer begins kernel_cache_ms / 8 before the end of its lease; the home waits a beat longer than that.
-        self.caches = CacheGuard(timeouts.kernel_cache_ms // 16, timeouts.heartbeat_ms // 2, clock)
+        # The FUSE layer begins kernel_cache_ms / 8 before the end of its lease. An abort ends the mount, so it comes
+        # last: a beat before anybody is given what this node cached, node_dead_ms after it was heard last.
+        slack_ms = timeouts.node_dead_ms - timeouts.lease_ms - timeouts.heartbeat_ms
+        self.caches = CacheGuard(timeouts.kernel_cache_ms // 16, slack_ms, clock)
         self.run_dir = ""
         """Where the processes of this node find each other; empty where there is none."""
         self.lockspace = lockspace
