@@ -57,6 +57,7 @@ from mxfsd.io.peers import PeerConnection, PeerServer
 from mxfsd.io.xfsknobs import bound_replay
 from mxfsd.members import Members
 from mxfsd.options import MountOptions
+from mxfsd.pr.errors import Preempted
 from mxfsd.pr.reservations import Standing
 from mxfsd.report import locks_report, status_report
 from mxfsd.settling import recover_sessions
@@ -116,6 +117,8 @@ class Daemon:
         self.evicted: set[tuple[int, int]] = set()
         self.client_lease_until_ms = 0
         self._claimed_until_ms = 0
+        self._frozen: HomeRole | None = None
+        """The home that serves nobody until the reservation on the disk is there again."""
         self.stopping: asyncio.Future[str] | None = None
         self.failed = False
         """This daemon has to end at once, as in a crash; the FUSE layer waits for the next one."""
@@ -825,6 +828,10 @@ class Daemon:
                 standing = await asyncio.to_thread(self.fencing.check)
                 if standing is Standing.LOST:
                     await self._reestablish()
+                elif standing is Standing.OK:
+                    self._thaw()
+            except Preempted:
+                standing = Standing.PREEMPTED
             except MxfsError as exc:
                 log.warning("the reservation could not be looked at", reason=str(exc))
                 continue
@@ -836,14 +843,19 @@ class Daemon:
     async def _reestablish(self) -> None:
         """The target forgot registrations and reservation: freeze, let ourselves in again, and go on."""
         log.error("the disk has lost the reservation: frozen until it is there again")
-        home = self.home if self.serving else None
-        if home is not None and self.fuse is not None:
+        if self.serving and self.home is not None and self.fuse is not None:
+            self._frozen = self.home
             self.serving = False
             for conn in self.peers.values():
                 conn.send(FrameType.FREEZE, pack_json({"epoch": self.epoch}), epoch=self.epoch)
             self.fuse.freeze(self.epoch, 0)
         await asyncio.to_thread(self.fencing.reestablish, self._still_ours)
         log.warning("the reservation is there again")
+        self._thaw()
+
+    def _thaw(self) -> None:
+        """The disk shuts out whom it should again: serve on, where this node is still the home that was frozen."""
+        home, self._frozen = self._frozen, None
         if home is not None and home is self.home and not self._leaving_home:
             self.serving = True
             self._resume_all()

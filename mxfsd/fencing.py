@@ -5,6 +5,7 @@ An agent says of a victim that it is fenced, or raises. ``docs/fencing.md`` has 
 
 import os
 import socket
+import threading
 from collections.abc import Callable
 from typing import Protocol
 
@@ -24,7 +25,7 @@ log = structlog.get_logger(__name__)
 
 
 class Fencing(Protocol):
-    """What keeps dead nodes from the disk. Methods block: call them from a thread, one at a time."""
+    """What keeps dead nodes from the disk. Methods block: call them from threads."""
 
     name: str
     warning: str
@@ -94,6 +95,8 @@ class PrFencing:
         self._reservations = reservations
         self.transport = transport
         self.key = _new_key()
+        # The guard looks while a takeover or the membership fences, and the paths take one command at a time.
+        self._turn = threading.RLock()
 
     def join(self, *, replace: bool) -> None:
         """Register this incarnation's key and see to the reservation. Raises ReservationError.
@@ -106,7 +109,8 @@ class PrFencing:
     def fence(self, victim: Victim) -> None:
         """See Fencing."""
         if victim.pr_key:
-            self._reservations.preempt(victim.pr_key)
+            with self._turn:
+                self._reservations.preempt(victim.pr_key)
         elif victim.verdict is not Verdict.FAILED:
             raise IoFailure(
                 f"slot {victim.slot} has no registration key and cannot be fenced: was it mounted with fencing=lease?"
@@ -114,20 +118,23 @@ class PrFencing:
 
     def check(self) -> Standing:
         """See Fencing. Keys that were fenced and are registered again (the target had restarted) are fenced again."""
-        standing = self._reservations.check()
-        if standing is Standing.OK:
-            for key in self._reservations.returned:
-                log.warning("a fenced registration has come back", key=key_text(key))
-                self._reservations.preempt(key)
-        return standing
+        with self._turn:
+            standing = self._reservations.check()
+            if standing is Standing.OK:
+                for key in self._reservations.returned:
+                    log.warning("a fenced registration has come back", key=key_text(key))
+                    self._reservations.preempt(key)
+            return standing
 
     def reestablish(self, still_ours: Callable[[], bool]) -> None:
         """See Fencing."""
-        self._reservations.reestablish(still_ours)
+        with self._turn:
+            self._reservations.reestablish(still_ours)
 
     def leave(self) -> None:
         """See Fencing."""
-        self._reservations.unregister()
+        with self._turn:
+            self._reservations.unregister()
 
     def close(self) -> None:
         """See Fencing."""
