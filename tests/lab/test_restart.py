@@ -83,6 +83,7 @@ def test_daemons_are_killed_ten_times(lab: Lab, work: Work) -> None:
         for turn in range(10):
             load.wait_for_work(5)
             victim = lab.names[turn % len(lab.names)] if turn % 2 else lab.home()
+            assert procs.wait_until(lambda name=victim: serving(lab, name), 30), lab.logs()  # type: ignore[misc]
             lab.crash(victim, "daemon")
             back = procs.wait_until(lambda name=victim: serving(lab, name), 30)  # type: ignore[misc]
             assert back, f"{victim} did not come back\n{lab.logs()}"
@@ -273,6 +274,32 @@ def test_a_mount_without_daemon_waits_can_be_interrupted_and_is_dead_in_the_end(
     lab.ended(victim)
     lab.start(victim)  # over the dead mount
     assert sorted(os.listdir(work[victim])) == []
+
+
+@pytest.mark.timeout(200)
+def test_a_node_that_was_put_out_meanwhile_does_not_go_on(lab: Lab, work: Work) -> None:
+    """Others have been given what it held: its mount is dead, and no daemon is started again and again."""
+    victim, home = lab.others()[0], lab.home()
+    (work[victim] / "file").write_bytes(b"before")
+    fd = os.open(work[victim] / "file", os.O_RDWR)
+    try:
+        with no_daemon_starts(lab, victim):
+            lab.crash(victim, "daemon")
+            (work[home] / "file").write_bytes(b"after")  # waits until the node is out
+        wait(lambda: (run_dir(lab, victim) / rundir.DEAD).exists())
+        with pytest.raises(OSError) as failed:
+            os.pread(fd, 10, 0)
+        assert failed.value.errno == errno.EIO
+        daemon = rundir.recall(run_dir(lab, victim), rundir.DAEMON)
+        wait(lambda: daemon is not None and not daemon.alive)
+        time.sleep(1)
+        assert rundir.recall(run_dir(lab, victim), rundir.DAEMON) == daemon
+    finally:
+        with suppress(OSError):
+            os.close(fd)
+    lab.ended(victim)
+    lab.start(victim)
+    assert (work[victim] / "file").read_bytes() == b"after"
 
 
 @pytest.mark.timeout(200)
