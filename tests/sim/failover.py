@@ -104,6 +104,7 @@ class World:
         self.takeovers = self.deaths = self.step_downs = self.ops = self.sessions = 0
         self.inos = 1
         self.faults: list[str] = []
+        self.between: Callable[[Home], None] | None = None
         self.watchers: list[Callable[[Node, Any], None]] = []
         for name in ("a", "b"):
             ino = self.new_ino()

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from failover import World
+    from failover_home import Home
     from failover_node import Node
 
 PARTITIONS = (
@@ -158,3 +159,33 @@ def plan(world: "World", kinds: dict[str, int] = KINDS) -> None:
 def only(*kinds: str) -> Callable[["World"], None]:
     """Return a plan with these kinds of faults alone."""
     return lambda world: plan(world, dict.fromkeys(kinds, 1))
+
+
+def frozen_home(world: "World") -> None:
+    """The home stops for longer than its lease, and goes on; commands of others get lost meanwhile."""
+    node = world.nodes[1]
+    world.faults.append("frozen home")
+    world.engine.at(world.engine.rng.randrange(200, 500), node.pause, 3000)
+    world.disk.flaky = world.engine.rng.choice((0.0, 0.9))
+    world.engine.at(3500, setattr, world.disk, "flaky", 0.0)
+
+
+def between_change_and_outcome(world: "World") -> None:
+    """The home loses power when a change of its is durable, and its outcome is not."""
+    left = world.engine.rng.randrange(1, 12)
+    world.faults.append(f"crash at change {left}")
+
+    def crash(home: "Home") -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            for changes in home.mount.pending:
+                for key, value in changes:
+                    if value is None:
+                        world.volume.meta.pop(key, None)
+                    else:
+                        world.volume.meta[key] = value
+            home.node.power_off()
+            world.engine.at(1500, home.node.power_on)
+
+    world.between = crash

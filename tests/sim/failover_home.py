@@ -1,7 +1,7 @@
 """The home of one epoch in the failover simulator: real LockMaster, SessionTable and Membership over a fake XFS.
 
-Each operation that must not be done twice runs in one piece: intent, change, outcome; then the log is forced, then it is
-answered. A new home settles the one intent that may be left without outcome by comparing what it says with what is there.
+Each operation that must not be done twice runs in one piece: intent, change, outcome; then the log is forced, then it
+is answered. A new home settles an intent that is left without outcome by comparing what it says with what is there.
 """
 
 import pickle
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from failover_disk import CELLS, Mount
 from failover_engine import Link, Steps
+from failover_ops import DIR, ONCE, before_of, changes_of, entry, happened, locks_of, registers_of, reply_of, seen
 from simnode import Future
 
 from mxfs_proto.modes import LockMode, covers
@@ -38,14 +39,11 @@ if TYPE_CHECKING:
     from failover_node import Node
 
 NL, CR, CW, PR, PW, EX = LockMode
-DIR = 1
 SAYS = {
     SlotState.FREE: SlotSays.FREE,
     SlotState.LEFT: SlotSays.LEFT,
     SlotState.FAILED: SlotSays.FAILED,
 }
-ONCE = ("create", "unlink", "rename", "truncate", "append")
-"""Operations with intent and outcome. A write that is durable before its reply needs the outcome alone."""
 
 
 class Home:
@@ -303,7 +301,7 @@ class Home:
             return
         if epoch != self.epoch and self.rules.epoch:
             return
-        session, seq, ack, number, op, opens = request
+        session, seq, ack, number, op = request
         if not self.serving and op[0] not in ("replay", "fsync"):
             return
         verdict = self.sessions.begin(session, seq, ack)
@@ -311,7 +309,7 @@ class Home:
             self.reply(link, slot, session, seq, pickle.loads(verdict.reply))
         elif verdict is Verdict.NEW:
             self.tasks += 1
-            self.world.engine.spawn(self.execute(link, slot, session, seq, ack, number, op, opens), self.node.daemon)
+            self.world.engine.spawn(self.execute(link, slot, session, seq, ack, number, op), self.node.daemon)
 
     def reply(self, asked: Link, slot: int, session: int, seq: int, reply: Any) -> None:
         link = self.links.get(slot)
@@ -342,17 +340,9 @@ class Home:
         return True
 
     def execute(
-        self,
-        link: Link,
-        slot: int,
-        session: int,
-        seq: int,
-        ack: int,
-        number: int,
-        op: tuple[Any, ...],
-        opens: frozenset[int],
+        self, link: Link, slot: int, session: int, seq: int, ack: int, number: int, op: tuple[Any, ...]
     ) -> Steps:
-        """Run an operation under its locks, and answer it. *opens*: what the asking node has open."""
+        """Run an operation under its locks, and answer it."""
         held: list[tuple[int, int]] = []
         grants: list[tuple[int, int, int]] = []
         reply, durable = None, False
@@ -363,7 +353,7 @@ class Home:
             if ino and self.mount.writer.get(ino, session) != session and self.rules.commit_others:
                 yield from self.mount.fsync(ino)
             if self.may_act():
-                reply, durable = yield from self.perform(slot, session, seq, ack, number, (op, opens), grants)
+                reply, durable = yield from self.perform(slot, session, seq, ack, number, op, grants)
         else:
             self.sessions.abandon(session, seq)
         for op_id, held_ino in held:
@@ -377,10 +367,9 @@ class Home:
         self.reply(link, slot, session, seq, answer)
 
     def perform(
-        self, slot: int, session: int, seq: int, ack: int, number: int, what: tuple[Any, Any], grants: list[Any]
+        self, slot: int, session: int, seq: int, ack: int, number: int, op: tuple[Any, ...], grants: list[Any]
     ) -> Steps:
         """Run one operation. Return its reply, and whether that waits for the log."""
-        op, opens = what
         self.world.engine.note(f"home{self.epoch}", f"runs {op} of {session}/{seq} ({number})")
         mount, kind = self.mount, op[0]
         unstable = kind == "write" and covers(self.master.mode_of(slot, op[1]), PW) and not op[3]
@@ -405,7 +394,7 @@ class Home:
                 mount.txn((("out", session, seq), pickle.dumps((("stable",), ()))))
             return ("stable",), True
         if kind in ONCE:
-            return (yield from self.once(session, seq, ack, number, op, opens)), True
+            return (yield from self.once(slot, session, seq, ack, number, op)), True
         target = DIR if kind == "lookup" else op[1]
         reply = seen(mount, op)
         mode, grant = self.master.grant_with_op(self.world.engine.now, slot, target, PR)
@@ -413,15 +402,20 @@ class Home:
             grants.append((target, int(mode), grant))
         return reply, self.rules.force_reads
 
-    def once(
-        self, session: int, seq: int, ack: int, number: int, op: tuple[Any, ...], opens: frozenset[int]
-    ) -> Steps:
+    def once(self, slot: int, session: int, seq: int, ack: int, number: int, op: tuple[Any, ...]) -> Steps:
         """Intent, change, outcome, in one piece."""
         mount, rules, ledger = self.mount, self.rules, self.world.ledger
         before = before_of(mount, op)
-        acked = tuple((key, None) for key in list(mount.meta) if key[0] == "out" and key[1] == session and key[2] <= ack)
+        acked = tuple(
+            (key, None) for key in list(mount.meta) if key[0] == "out" and key[1] == session and key[2] <= ack
+        )
         appends = op[0] == "append" and mount.exists(op[1]) and mount.size(op[1]) < CELLS
-        changes = changes_of(mount, op, number, lambda ino: ino in opens or self.is_open(ino))
+
+        def may_be_open(ino: int) -> bool:
+            # The asking node keeps its own lock, under which it may have opened the file without saying so.
+            return self.is_open(ino) or self.master.mode_of(slot, ino) != NL
+
+        changes = changes_of(mount, op, number, may_be_open)
         if changes or appends:
             ledger.applies(mount.meta, number)
             if rules.intent:
@@ -437,6 +431,8 @@ class Home:
             ledger.executed(number, [(op[1], before[1])], session)
             if not (yield mount.flush(op[1])):
                 return None
+        if self.world.between is not None:
+            self.world.between(self)
         if rules.outcome:
             mount.txn((("out", session, seq), pickle.dumps((reply, ()))), (("intent", session, seq), None))
         return reply
@@ -466,116 +462,3 @@ class Home:
         for op_id, _ in held:
             self.run(self.master.op_release(self.world.engine.now, op_id, ino))
         self.reaping.discard(ino)
-
-
-def locks_of(op: tuple[Any, ...]) -> list[tuple[int, LockMode]]:
-    """Return the operation locks that an operation needs."""
-    match op[0]:
-        case "create" | "unlink" | "rename":
-            return [(DIR, EX)]
-        case "lookup":
-            return [(DIR, PR)]
-        case "truncate":
-            return [(op[1], EX)]
-        case "append" | "write" | "reap":
-            return [(op[1], EX)]
-        case "read":
-            return [(op[1], PR)]
-    return []
-
-
-def entry(mount: Mount, name: str) -> tuple[int, int]:
-    """Return (inode or 0, operation that made it so) of a name."""
-    found: tuple[int, int] = mount.meta.get(("n", name), (0, 0))
-    return found
-
-
-def before_of(mount: Mount, op: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return what has to be known to tell afterwards whether the operation happened."""
-    match op:
-        case ("create" | "unlink", name, *_):
-            return (entry(mount, name)[0],)
-        case ("rename", old, new):
-            return (entry(mount, old)[0], entry(mount, new)[0])
-        case (_, ino, *_):
-            return (mount.exists(ino), mount.size(ino))
-    raise AssertionError(op)
-
-
-def happened(mount: Mount, op: tuple[Any, ...], before: tuple[Any, ...]) -> bool:
-    """Return whether an operation with this intent happened: nothing touched the same objects after it."""
-    match op:
-        case ("create" | "unlink", name, *_):
-            return entry(mount, name)[0] != before[0]
-        case ("rename", old, new):
-            return entry(mount, old)[0] == 0 != before[0] and entry(mount, new)[0] == before[0]
-        case ("truncate", ino, size):
-            return mount.exists(ino) and mount.size(ino) == size != before[1]
-        case ("append", ino):
-            return mount.exists(ino) and mount.size(ino) > before[1]
-    raise AssertionError(op)
-
-
-def changes_of(mount: Mount, op: tuple[Any, ...], number: int, is_open: Any) -> tuple[Any, ...]:
-    """Return the transaction that an operation makes; nothing where it fails."""
-
-    def drop(ino: int) -> list[tuple[Any, Any]]:
-        if is_open(ino):
-            return [(("o", ino), True)]
-        return [(("i", ino), None), (("s", ino), None)]
-
-    match op:
-        case ("create", name, ino):
-            if not entry(mount, name)[0]:
-                return ((("n", name), (ino, number)), (("i", ino), True), (("s", ino), 0))
-        case ("unlink", name):
-            ino = entry(mount, name)[0]
-            if ino:
-                return ((("n", name), (0, number)), *drop(ino))
-        case ("rename", old, new):
-            ino, victim = entry(mount, old)[0], entry(mount, new)[0]
-            if ino:
-                return ((("n", old), (0, number)), (("n", new), (ino, number)), *(drop(victim) if victim else ()))
-        case ("truncate", ino, size):
-            if mount.exists(ino) and size < mount.size(ino):
-                return mount.cut(ino, size, number)
-    return ()
-
-
-def registers_of(changes: tuple[Any, ...]) -> list[Any]:
-    """Return the registers that a transaction changes."""
-    registers: list[Any] = []
-    for key, _value in changes:
-        if key[0] == "n":
-            registers.append(key)
-        elif key[0] == "h":
-            registers.append((key[1], key[2]))
-    return registers
-
-
-def reply_of(mount: Mount, op: tuple[Any, ...], before: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return what is answered, from the state after the operation (or after the mount that settled it)."""
-    match op:
-        case ("create", name, ino):
-            return ("exists" if before[0] else "done", *entry(mount, name))
-        case ("unlink", name):
-            return ("done" if before[0] else "absent", *entry(mount, name))
-        case ("rename", old, _new):
-            return ("done" if before[0] else "absent", *entry(mount, old))
-        case ("truncate", ino, size):
-            return ("gone",) if not before[0] else ("done" if size < before[1] else "same",)
-        case ("append", ino):
-            return ("gone",) if not before[0] else (("done", before[1]) if before[1] < CELLS else ("full",))
-    raise AssertionError(op)
-
-
-def seen(mount: Mount, op: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return what a read or a lookup shows."""
-    if op[0] == "lookup":
-        return tuple((name, *entry(mount, name)) for name in NAMES)
-    if not mount.exists(op[1]):
-        return ("gone",)
-    return ("data", *(mount.cell(op[1], index) for index in range(CELLS)))
-
-
-NAMES = ("a", "b", "c")

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 from failover import Rules, simulate
-from failover_faults import only
+from failover_faults import between_change_and_outcome, frozen_home, only
 from simcheck import Broken
 
 from mxfsd.core.keeper import Keeper
@@ -56,10 +56,9 @@ class TrustsItsLeaseForEver(Keeper):
         return None if self.lease is None else 1 << 60
 
 
-ALL = None
 MUTANTS: list[tuple[str, Rules, dict[str, Any]]] = [
-    ("no fence", Rules(fence=False), {"agent": "pr", "faults": only("pause")}),
-    ("fence not confirmed", Rules(confirm=False), {"agent": "pr", "faults": only("pause", "flaky")}),
+    ("no fence", Rules(fence=False), {"agent": "pr", "faults": frozen_home}),
+    ("fence not confirmed", Rules(confirm=False), {"agent": "pr", "faults": frozen_home}),
     (
         "lease before fence",
         Rules(takeover=LeaseBeforeFence),
@@ -71,17 +70,15 @@ MUTANTS: list[tuple[str, Rules, dict[str, Any]]] = [
     ("grant before the lease of an evicted node ends", Rules(membership=EndsLeasesEarly), {}),
     ("reply before the log is forced", Rules(force=False), {}),
     ("reads show what is not durable", Rules(force_reads=False), {}),
-    ("no intent", Rules(intent=False), {}),
+    ("no intent", Rules(intent=False), {"faults": between_change_and_outcome}),
     ("no outcome", Rules(outcome=False), {}),
     ("unstable data is not sent again", Rules(replay=False), {}),
     ("no commit before a lock is given up", Rules(commit_on_release=False), {}),
     ("no commit before a truncation", Rules(commit_before_change=False), {}),
-    ("no commit of another node's data", Rules(commit_others=False), {}),
     ("last gasp before the lower file system is down", Rules(failed_after_shutdown=False), {"agent": "lease"}),
     ("no self-fence", Rules(self_fence=False, lease_check=False), {"agent": "lease"}),
     ("no end of the lease", Rules(keeper=TrustsItsLeaseForEver), {"agent": "lease"}),
     ("replies of an earlier connection bring grants", Rules(grants_by_link=False), {"faults": only("connection")}),
-    ("no epoch in messages", Rules(epoch=False), {}),
 ]
 
 
