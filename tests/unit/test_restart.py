@@ -13,8 +13,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from pyfuse3 import RequestContext
 
-from mxfs_fuse import loss
+from mxfs_fuse import loss, operations
 from mxfs_fuse.callers import caller, is_dying, is_unmounting
 from mxfs_fuse.loss import LowerEnd, may_be_redone
 from mxfs_fuse.nextdaemon import NextDaemon
@@ -343,6 +344,22 @@ async def test_who_is_being_killed_waits_no_longer(state: State, monkeypatch: py
     with pytest.raises(OSError) as failed:
         await waiting
     assert failed.value.errno == errno.EINTR
+
+
+async def test_a_request_that_names_nobody_does_not_wait_for_the_caller_before(state: State) -> None:
+    class Some:
+        def __init__(self) -> None:
+            self.state = state
+
+        @operations._errno_boundary
+        async def operation(self, *_args: Any) -> int:
+            return caller.get()
+
+    context = RequestContext.__new__(RequestContext)
+    some = Some()
+    caller.set(77)  # as the request before left it: pyfuse3 serves both in one task
+    assert await some.operation(1) == 0
+    assert await some.operation(1, context) == context.pid
 
 
 def test_umount_is_recognized() -> None:
