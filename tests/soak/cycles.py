@@ -1,7 +1,8 @@
 """``python -m tests.soak.cycles -n 1000``: mounts and unmounts, again and again, and looks for what stays behind.
 
-A quarter of the cycles on a node that is alone (each makes it the home and unmounts XFS again), the others on two nodes
-at once while the first one stays the home, whose processes must neither grow nor keep descriptors.
+An eighth of the cycles on a node that is alone (each makes it the home and unmounts XFS again), the others on three
+nodes at once (most of a mount is waiting) while the first one stays the home, whose processes must neither grow nor keep
+descriptors.
 """
 
 import argparse
@@ -131,20 +132,20 @@ def phase(lab: Lab, all_nodes: list[str], nodes: list[str], first: int, count: i
 
 
 def run(count: int) -> list[str]:
-    """Do *count* cycles in a lab of three nodes; return what is wrong."""
+    """Do *count* cycles in a lab of four nodes; return what is wrong."""
     top = Path(tempfile.mkdtemp(prefix="mxfs-cycles-", dir="/var/tmp"))
     lab = Lab(top / "lab")
-    names = ["n1", "n2", "n3"]
+    names = ["n1", "n2", "n3", "n4"]
     lab.up(len(names), 1 << 30)
     wrong: list[str] = []
     try:
-        for name in ("n3", "n2", "n1"):
+        for name in reversed(names):
             lab.stop(name)
-        alone = count // 4
+        alone = count // 8
         wrong += phase(lab, names, ["n1"], 0, alone, "")
         if not wrong:
             lab.start("n1")
-            wrong += phase(lab, names, ["n2", "n3"], 0, count - alone, "n1")
+            wrong += phase(lab, names, names[1:], 0, count - alone, "n1")
     finally:
         try:
             lab.down(force=bool(wrong))
@@ -168,8 +169,8 @@ def main() -> int:
         folder, node, first, count = json.loads(arguments.work)
         work(Path(folder), node, first, count)
         return 0
-    if arguments.n < 4 * WARM_UP:
-        parser.error(f"-n: at least {4 * WARM_UP}")
+    if arguments.n < 8 * WARM_UP:
+        parser.error(f"-n: at least {8 * WARM_UP}")
     wrong = run(arguments.n)
     for line in wrong:
         print(f"VIOLATION {line}")

@@ -66,6 +66,7 @@ def descriptors(pid: int, lab: Path) -> tuple[list[str], list[str]]:
             with suppress(OSError):
                 path = os.readlink(f"/proc/{pid}/fd/{name}")
                 elsewhere = path.startswith(("/dev/", "/run/", "/proc/", "/sys/", "/memfd:", f"{lab}/"))
+                elsewhere = elsewhere or re.fullmatch(r"/\d+/abort", path) is not None  # fusectl, mounted nowhere
                 (lower if path.startswith("/") and not elsewhere else own).append(path)
     return own, lower
 

@@ -54,6 +54,7 @@ class Load:
         self.folder = Path(config.oracle) / config.generation
         self.table = Table(self.folder / "table")
         self.stop = threading.Event()
+        self.device = os.stat(self.root).st_dev
         name = "mapped.log" if config.mapped else "load.log"
         self._journal = os.open(self.folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         self._others: dict[str, Table] = {}
@@ -62,6 +63,13 @@ class Load:
     def now_ms(self) -> int:
         """Milliseconds since the soak began, never 0."""
         return time.monotonic_ns() // 1_000_000 - self.config.base_ms + 1
+
+    def is_mounted(self) -> bool:
+        """Whether the volume is still what is found at the mount point."""
+        try:
+            return os.stat(self.root).st_dev == self.device
+        except OSError:
+            return False
 
     def note(self, **fields: object) -> None:
         """Write one line for whoever runs the soak."""
@@ -136,7 +144,8 @@ class Worker(threading.Thread):
                 kind="error", thread=self.name, doing=self.doing, errno=failed.errno, text=f"{failed} {where}"
             )
         except oracle.Wrong as wrong:
-            self.load.note(kind="wrong", thread=self.name, doing=self.doing, text=str(wrong))
+            kind = "wrong" if self.load.is_mounted() else "error"  # below a mount that is gone there is an empty folder
+            self.load.note(kind=kind, thread=self.name, doing=self.doing, errno=0, text=str(wrong))
 
 
 class Probe(Worker):
