@@ -375,6 +375,8 @@ class Daemon:
 
     def _lower_failed(self, reason: str) -> None:
         """The lower mount can be relied on no more: nothing more of it may be seen, here or on the disk."""
+        if self.ending:
+            return  # it is this daemon that shuts it down, with a flush
         try:
             self._crash_lower()
         except OSError as exc:
@@ -818,6 +820,7 @@ class Daemon:
                 self.home.tick()
                 if self.members is not None:
                     self.members.tick()
+                self.succession.tick()
                 self._tell_lease()
 
     async def _guard(self) -> None:

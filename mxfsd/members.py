@@ -109,6 +109,10 @@ class Members:
         """A node said good-bye."""
         self._run(self._membership.on_left(now_ms(), slot, incarnation))
 
+    def late(self, slot: int) -> None:
+        """The grace period is over and a node has not said what it holds, though it may be heard."""
+        self._run(self._membership.put_out(slot, Reason.LATE))
+
     def report(self, report: BeatReport) -> None:
         """The slots were read."""
         self._views = dict(report.slots)

@@ -81,6 +81,7 @@ class Succession:
         self._members: set[int] | None = None
         self._victim: Victim | None = None
         self._fence_work: tuple[Victim, asyncio.Future[None]] | None = None
+        self._grace_until_ms = 0
         self.began_ms = 0
         """When the last takeover began: the home was declared dead, or its lease was found free."""
         self.served_ms = 0
@@ -146,6 +147,7 @@ class Succession:
                 log.info("operations settled", ms=now_ms() - self.began_ms)
                 effects = self._machine.settled(self._who(slots))
             elif isinstance(effect, AwaitReclaims):
+                self._grace_until_ms = now_ms() + self._daemon.timeouts.grace_ms
                 self._daemon.await_reclaims(effect.nodes)
             elif isinstance(effect, Serve):
                 self._serve()
@@ -230,6 +232,17 @@ class Succession:
     def out(self, slot: int) -> None:
         """*slot* left, or was put out."""
         self._later(self._machine.out(slot))
+
+    def tick(self) -> None:
+        """Let time pass: who has not said what it holds when the grace period is over is put out."""
+        daemon = self._daemon
+        if self._machine.state is not TakeoverState.GRACE or now_ms() < self._grace_until_ms:
+            return
+        for slot in sorted(self.awaited):
+            if slot == daemon.slot:
+                daemon.fail("our own FUSE layer did not say what it holds within the grace period")
+            elif daemon.members is not None:
+                daemon.members.late(slot)
 
     def _later(self, effects: list[Effect]) -> None:
         for effect in effects:

@@ -57,6 +57,7 @@ class Reason(Enum):
     SILENT_SLOT = "its heartbeat stopped"
     LAST_GASP = "it reported that it failed"
     REPLACED = "a new incarnation of it came"
+    LATE = "it did not say what it holds"
     UNREACHABLE = "it cannot be reached"
 
 
@@ -278,6 +279,14 @@ class Membership:
             return []
         self._move(node, member, MemberState.LEFT)
         return [Left(node, incarnation)]
+
+    def put_out(self, node: int, reason: Reason) -> list[MembershipEffect]:
+        """Declare a member dead, heard or not; nothing where it is none (any more)."""
+        member = self._members.get(node)
+        out: list[MembershipEffect] = []
+        if member is not None and member.state in _PRESENT:
+            self._declare_dead(node, member, reason, out)
+        return out
 
     def on_slots(self, now_ms: int, reports: Iterable[SlotReport]) -> list[MembershipEffect]:
         """The slots were read. This node's own slot must be among them."""

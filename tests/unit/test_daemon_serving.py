@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 
+from mxfs_proto.ondisk import SlotRecord
+from mxfsd.core.lease import HeldSlot
 from mxfsd.core.takeover import Verdict
 from mxfsd.daemon import Daemon
 from mxfsd.takeover import Succession
@@ -82,3 +84,27 @@ def test_news_during_a_move_do_not_make_the_home_serve_again(daemon: Daemon) -> 
     daemon.succession.reclaimed(2)
     daemon.succession.out(3)
     assert not daemon.serving
+
+
+class Late:
+    """Notes who was late."""
+
+    def __init__(self) -> None:
+        self.slots: list[int] = []
+
+    def late(self, slot: int) -> None:
+        self.slots.append(slot)
+
+
+def test_who_does_not_say_what_it_holds_is_put_out_when_the_grace_period_is_over(daemon: Daemon) -> None:
+    members: Any = Late()
+    daemon.members = members
+    daemon.held = HeldSlot(SlotRecord(1), 0)
+    awaiting(daemon, 2, 3)
+    daemon.succession._grace_until_ms = 1 << 62
+    daemon.succession.tick()
+    assert members.slots == []
+    daemon.succession._grace_until_ms = 0
+    daemon.succession.reclaimed(3)
+    daemon.succession.tick()
+    assert members.slots == [2] and not daemon.serving

@@ -155,6 +155,16 @@ def test_without_the_disk_nobody_is_declared_dead() -> None:
     assert member.tick(650) == []
 
 
+def test_a_node_that_is_heard_can_be_put_out_all_the_same() -> None:
+    member = home(2)
+    member.on_contact(50, 2, 5)
+    assert member.put_out(2, Reason.LATE) == [DeclareDead(2, 5, Reason.LATE)]
+    assert member.put_out(2, Reason.LATE) == []
+    assert member.on_contact(60, 2, 5) == [Refused(2, 5)]
+    assert member.tick(150) == [LeaseEnded(2, 5)]
+    assert member.put_out(3, Reason.LATE) == []
+
+
 def test_leaving_in_order() -> None:
     member = home(2)
     assert member.on_left(10, 2, 4) == []
