@@ -76,6 +76,8 @@ class Node:
     busy: bool = False
     paused_until: int = 0
     writing: list[SlotRecord | LeaseRecord] = field(default_factory=list)
+    proof: dict[str, int] = field(default_factory=dict)
+    """When the beats began that last wrote the slot, and the lease, in time: what the checker knows by itself."""
 
 
 class World:
@@ -197,6 +199,7 @@ class World:
                 raise Broken(f"node {node.number} had incarnation {record.incarnation} before")
             node.incarnation = record.incarnation
             node.keeper = Keeper(action, TIMEOUTS)
+            node.proof = {"slot": action.since_ms}
             node.keeper.set_state(SlotState.ACTIVE)
             self.beat(node)
 
@@ -230,10 +233,29 @@ class World:
             written = duty
 
             def after(now: int) -> None:
+                self.written(node, "lease" if isinstance(written, WriteLease) else "slot", snap.began_ms)
                 result = keeper.on_written(written, snap.began_ms, now)
+                self.guard(node, keeper)
                 self.perform(node, keeper, ([result] if result else []) + rest, snap)
 
             self.write(node, written.record, after)
+
+    def written(self, node: Node, what: str, began_ms: int) -> None:
+        """Note a write that returned, unless it came too late to count."""
+        length = TIMEOUTS.lease_ms if what == "lease" else TIMEOUTS.self_fence_ms
+        if self.now <= node.proof.get(what, -length) + length:
+            node.proof[what] = began_ms
+
+    def guard(self, node: Node, keeper: Keeper) -> None:
+        """Look at the time when the lease ends, whatever I/O hangs then, as the heartbeat process does."""
+        at = keeper.fence_at_ms
+
+        def look() -> None:
+            if node.keeper is keeper:
+                keeper.expire(self.now)
+
+        if at is not None:
+            self.for_node(node, max(0, at - self.now), look)
 
     def reclaim(self, node: Node, keeper: Keeper, late: bool) -> None:
         claim = SlotReclaim(keeper.record, TIMEOUTS, self.nonce, late=late)
@@ -241,6 +263,7 @@ class World:
         def done(action: Action) -> None:
             if isinstance(action, HeldSlot):
                 keeper.resume(action)
+                node.proof["slot"] = action.since_ms
                 self.beat(node)
             else:
                 node.keeper, node.beating = None, False
@@ -263,7 +286,9 @@ class World:
             owner = self.epochs.setdefault(action.record.epoch, (node.number, node.life))
             if owner != (node.number, node.life):
                 raise Broken(f"epoch {action.record.epoch} given twice: {owner} and {node.number}")
+            node.proof["lease"] = action.since_ms
             keeper.hold(action, self.now)
+            self.guard(node, keeper)
 
         self.drive(node, claim, claim.begin(), done)
 
@@ -296,7 +321,7 @@ class World:
         elif dice < 0.7:
             self.for_node(node, 0, lambda: self.give_away(node))
         elif dice < 0.8:
-            node.paused_until = self.now + self.rng.choice((300, 1500, 2500, 5000, 9000))
+            node.paused_until = max(node.paused_until, self.now + self.rng.choice((300, 1500, 2500, 5000, 9000)))
         elif dice < 0.9:
             self.crash(node)
         elif node.keeper is not None and not node.busy and not node.beating and node.paused_until <= self.now:
@@ -342,6 +367,10 @@ class World:
             until = keeper.lease_until_ms
             if keeper.lease is not None and until is not None and self.now <= until:
                 homes.append((node.number, keeper.lease.epoch))
+            if keeper.lease is not None and node.paused_until < self.now:
+                proven = node.proof["lease"] + TIMEOUTS.lease_ms
+                if self.now > min(proven, node.proof["slot"] + TIMEOUTS.self_fence_ms):
+                    raise Broken(f"node {node.number} is home still, but nothing was renewed: {node.proof}")
         if len(homes) > 1:
             raise Broken(f"two homes: {homes}")
 
@@ -366,6 +395,29 @@ def test_never_two_owners(shard: int) -> None:
     # A simulation in which nothing happens proves nothing.
     assert slots > 5 * SEEDS_PER_SHARD
     assert leases > 2 * SEEDS_PER_SHARD
+
+
+class NeverEnds(Keeper):
+    """Its lease does not expire."""
+
+    def expire(self, now_ms: int) -> LeaseLost | None:
+        return None
+
+
+class OutlivesItsSlot(Keeper):
+    """Its lease lasts for its own time, however long ago the slot was written."""
+
+    @property
+    def lease_until_ms(self) -> int | None:
+        return None if self.lease is None else self._lease_ms + self.timeouts.lease_ms
+
+
+@pytest.mark.parametrize("keeper", [NeverEnds, OutlivesItsSlot])
+def test_a_lease_that_lasts_too_long_is_noticed(monkeypatch: pytest.MonkeyPatch, keeper: type[Keeper]) -> None:
+    monkeypatch.setitem(globals(), "Keeper", keeper)
+    with pytest.raises(AssertionError, match="nothing was renewed"):
+        for seed in range(3000):
+            run_seed(seed)
 
 
 @pytest.mark.parametrize(("cls", "name"), [(SlotClaim, "holds"), (LeaseClaim, "holds")], ids=["slot", "lease"])
