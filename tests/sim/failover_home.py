@@ -9,7 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 from failover_disk import CELLS, Mount
 from failover_engine import Link, Steps
-from failover_ops import DIR, ONCE, before_of, changes_of, entry, happened, locks_of, registers_of, reply_of, seen
+from failover_ops import (
+    DIR,
+    ONCE,
+    before_of,
+    changes_of,
+    entry,
+    judged,
+    locks_of,
+    registers_of,
+    reply_of,
+    seen,
+    taken_back,
+)
 from simnode import Future
 
 from mxfs_proto.modes import LockMode, covers
@@ -31,6 +43,7 @@ from mxfsd.core.membership import (
     StepDown,
     Thaw,
 )
+from mxfsd.core.outcomes import Step
 from mxfsd.core.sessions import Replay, SessionTable, Verdict
 from mxfsd.core.takeover import TakeoverState
 from mxfsd.core.watch import Snapshot
@@ -76,25 +89,39 @@ class Home:
     # -- recovery ----------------------------------------------------------------------------------------------
 
     def recover(self) -> Steps:
-        """Settle the last intent, read the outcomes, make that durable. Return whether it worked."""
-        meta, rules = self.mount.meta, self.rules
-        for key in [key for key in meta if key[0] == "intent" and rules.settle]:
-            op, before = meta[key]
-            out = ("out", *key[1:])
-            if out not in meta and happened(self.mount, op, before):
-                self.mount.txn((out, pickle.dumps((reply_of(self.mount, op, before), ()))), (key, None))
-            else:
-                self.mount.txn((key, None))
-        if rules.settle:
+        """Settle what has no outcome, read the outcomes, make that durable. Return whether it worked."""
+        meta = self.mount.meta
+        if self.rules.settle:
+            for key in [key for key in meta if key[0] == "intent"]:
+                self.settle(key, *meta[key])
             for key, reply in list(meta.items()):
                 if key[0] == "out":
-                    self.sessions.begin(key[1], key[2], 0)
-                    self.sessions.done(key[1], key[2], reply)
+                    self.sessions.restore(key[1], key[2], reply)
         for key in [key for key in meta if key[0] == "i"]:
             ino = key[1]
             if ("o", ino) not in meta and not any(k[0] == "n" and v[0] == ino for k, v in meta.items()):
                 self.mount.txn((("i", ino), None), (("s", ino), None))
         return (yield self.mount.force())
+
+    def settle(self, key: tuple[Any, ...], op: tuple[Any, ...], before: tuple[Any, ...], number: int) -> None:
+        """Do what the real code says about one operation without outcome."""
+        mount, out = self.mount, ("out", *key[1:])
+        step = judged(mount, op, before)
+        changes: tuple[Any, ...] = ()
+        if step is Step.UNDO:
+            changes = taken_back(mount, op, before, number)
+        elif step is Step.REDO and before[0]:
+            changes = changes_of(mount, op, number, self.is_open)
+            if changes:
+                self.world.ledger.applies(mount.meta, number)
+                self.world.ledger.executed(number, registers_of(changes), key[1])
+                changes = (*changes, (("did", number), True))
+        if changes:
+            mount.txn(*changes)
+        if step in (Step.KEEP, Step.REDO):
+            mount.txn((out, pickle.dumps((reply_of(mount, op, before), ()))), (key, None))
+        else:
+            mount.txn((key, None))
 
     # -- effects -----------------------------------------------------------------------------------------------
 
@@ -419,7 +446,7 @@ class Home:
         if changes or appends:
             ledger.applies(mount.meta, number)
             if rules.intent:
-                mount.txn((("intent", session, seq), (op, before)), *acked)
+                mount.txn((("intent", session, seq), (op, before, number)), *acked)
         if changes:
             mount.txn(*changes, (("did", number), True))
             ledger.executed(number, registers_of(changes), session)

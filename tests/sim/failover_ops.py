@@ -1,10 +1,13 @@
 """What the operations of the failover simulator do to the lower XFS, and how their happening is told afterwards."""
 
+from stat import S_IFREG
 from typing import Any
 
 from failover_disk import CELLS, Mount
 
 from mxfs_proto.modes import LockMode
+from mxfs_proto.ops import NO_FID, Attr, Fid, Op, Request
+from mxfsd.core.outcomes import Before, Intent, Now, Step, settle
 
 EX, PR = LockMode.EX, LockMode.PR
 DIR = 1
@@ -48,18 +51,41 @@ def before_of(mount: Mount, op: tuple[Any, ...]) -> tuple[Any, ...]:
     raise AssertionError(op)
 
 
-def happened(mount: Mount, op: tuple[Any, ...], before: tuple[Any, ...]) -> bool:
-    """Return whether an operation with this intent happened: nothing touched the same objects after it."""
+def judged(mount: Mount, op: tuple[Any, ...], before: tuple[Any, ...]) -> Step:
+    """Ask the real code what became of an operation with this intent and no outcome."""
+
+    def attr(ino: int) -> Attr | None:
+        return Attr(ino, 1, S_IFREG, 1, 0, 0, 0, 0, 0, 0, 0, 0) if ino else None
+
+    def fid(ino: int) -> Fid:
+        return Fid(ino, 1) if ino else NO_FID
+
+    values: list[Any] = []
     match op:
-        case ("create" | "unlink", name, *_):
-            return entry(mount, name)[0] != before[0]
+        case ("create", name, *_):
+            return settle(Intent(Before(), Request(Op.CREATE, 0, 0, 0, 0, values)), Now(attr(entry(mount, name)[0])))
+        case ("unlink", name):
+            intent = Intent(Before(fid(before[0])), Request(Op.UNLINK, 0, 0, 0, 0, values))
+            return settle(intent, Now(attr(entry(mount, name)[0])))
         case ("rename", old, new):
-            return entry(mount, old)[0] == 0 != before[0] and entry(mount, new)[0] == before[0]
-        case ("truncate", ino, size):
-            return mount.exists(ino) and mount.size(ino) == size != before[1]
-        case ("append", ino):
-            return mount.exists(ino) and mount.size(ino) > before[1]
+            intent = Intent(Before(fid(before[0]), fid(before[1])), Request(Op.RENAME, 0, 0, 0, 0, values))
+            return settle(intent, Now(attr(entry(mount, old)[0]), attr(entry(mount, new)[0])))
+        case ("truncate", *_):
+            return settle(Intent(Before(), Request(Op.SETATTR, 0, 0, 0, 0, values)), Now())
+        case ("append", *_):
+            return settle(Intent(Before(number=before[1]), Request(Op.WRITE, 0, 0, 0, 0, values)), Now())
     raise AssertionError(op)
+
+
+def taken_back(mount: Mount, op: tuple[Any, ...], before: tuple[Any, ...], number: int) -> tuple[Any, ...]:
+    """Return the transaction that takes an append back: the size before is the truth."""
+    ino, size = op[1], before[1]
+    if not mount.exists(ino) or mount.size(ino) <= size:
+        return ()
+    version = mount.world.engine.serial()
+    holes = [("h", ino, index) for index in range(size, CELLS)]
+    changes = [(hole, (version, mount.meta.get(hole, (0, 0))[1])) for hole in holes]
+    return ((("s", ino), size), *changes, (("did", number), None))
 
 
 def changes_of(mount: Mount, op: tuple[Any, ...], number: int, is_open: Any) -> tuple[Any, ...]:
