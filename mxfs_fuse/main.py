@@ -51,7 +51,7 @@ _MAX_TASKS = 1 << 20
 _RECLAIM_ROWS = 50_000
 _CONNECT_TRIES = 200
 _CONNECT_S = 0.02
-_COMMIT_S = 30.0
+_COMMIT_S = 10.0
 
 
 class Resume(NamedTuple):
