@@ -3,8 +3,9 @@
 One number decides everything: latencies, who loses power, crashes, is paused, cut off or slow, what tears, and what the
 applications do. Replay a seed with ``.venv/bin/python tests/sim/failover.py --seed N -v``.
 
-Real: Keeper, Watch, slot and lease claims, Takeover, Membership, ClientLease, LockMaster, LockCache, SessionTable, the
-codec of the lockspace. Modelled: the device, XFS, the network, and what executes the core's effects.
+Real: Keeper, Watch, slot and lease claims, Takeover, Membership, ClientLease, LockMaster, LockCache, SessionTable,
+UnstableData, the settling of operations without outcome, the codec of the lockspace. Modelled: the device, XFS, the
+network, and what executes the core's effects.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from mxfsd.core.membership import Membership
 from mxfsd.core.sessions import SessionTable
 from mxfsd.core.takeover import Takeover, Verdict
 from mxfsd.core.timeouts import Timeouts
+from mxfsd.core.unstable import UnstableData
 
 TIMEOUTS = Timeouts.derive(heartbeat_ms=200, lease_ms=1000, node_dead_ms=2500, claim_wait_ms=90)
 BUSY_MS = 4200
@@ -68,6 +70,7 @@ class Rules:
     membership: Callable[..., Any] = Membership
     takeover: Callable[..., Any] = Takeover
     keeper: Callable[..., Any] = Keeper
+    unstable: Callable[..., Any] = UnstableData
 
 
 class World:

@@ -265,7 +265,7 @@ class Applications:
 
     def before_setattr(self, ino: int) -> Steps:
         """What is kept would undo the change when it is sent again: it is committed before."""
-        if self.kept.get(ino) and self.rules.commit_before_change and not self.home_here:
+        if self.keeps(ino) and self.rules.commit_before_change and not self.home_here:
             yield from self.commit(ino)
 
     def fsync(self, files: list[int], ino: int) -> Steps:

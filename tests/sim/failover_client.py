@@ -14,16 +14,20 @@ from simnode import Future
 
 from mxfs_proto.lockflags import LockFlag
 from mxfs_proto.modes import LockMode, covers
+from mxfs_proto.ops import Fid
 from mxfsd.core.epochs import first_seq
 from mxfsd.core.lockcache import LockCache
 from mxfsd.core.lockeffects import CacheEffect, Invalidate, Later, SendCancel, SendRelease, SendRequest, Wake
 from mxfsd.core.membership import ClientLease
+from mxfsd.core.unstable import UnstableData
 
 if TYPE_CHECKING:
     from failover_node import Node
 
 NL, CR, CW, PR, PW, EX = LockMode
 MARGIN_MS = 40
+VALUE = 8
+"""Bytes of a cell, which hold the number of the operation that wrote it."""
 
 
 class Fuse(Applications):
@@ -50,8 +54,8 @@ class Fuse(Applications):
         self.served = False
         self.home_here = False
         self.kernel: dict[int, Any] = {}
-        self.kept: dict[int, list[tuple[int, int]]] = defaultdict(list)
-        self.order: list[tuple[int, int, int]] = []
+        self.unstable: UnstableData = self.rules.unstable()
+        assert isinstance(self.unstable, UnstableData)
         self.changes: dict[int, int] = defaultdict(int)
         self.changing: dict[int, int] = defaultdict(int)
         self.counts: dict[int, int] = defaultdict(int)
@@ -113,17 +117,17 @@ class Fuse(Applications):
             del self.pending[seq]  # of a resumption that was broken off: too late, they would undo what comes now
         if self.replayed != epoch and self.rules.replay:
             # One after the other: the home keeps no order among operations that are under way together.
-            for ino, index, op in list(self.order):
+            for ino, index, op in self.kept():
                 answered = self.ship(0, ("replay", ino, index, op))
                 while not answered.done:
                     yield 1
                     if link is not self.link or link.broken:
                         return
-        for ino in [ino for ino, kept in self.kept.items() if kept]:
+        for ino, _ in self.unstable.files():
             # Without the lock nothing protects the data once the home serves; and a home keeps nothing.
             if here or not covers(self.cache.data_mode(ino), PW):
                 self.world.engine.spawn(self.commit(ino), self.fuse_proc)
-        while any(kept and (here or not covers(self.cache.data_mode(ino), PW)) for ino, kept in self.kept.items()):
+        while any(here or not covers(self.cache.data_mode(ino), PW) for ino, _ in self.unstable.files()):
             yield 3
             if link is not self.link or link.broken:
                 return
@@ -215,7 +219,7 @@ class Fuse(Applications):
                 mount = self.node.home.mount
                 # Where that fails the mount is down, and with it all that was held.
                 yield from (mount.fsync(ino) if ino != DIR else _wait(mount.force()))
-            elif self.kept.get(ino):
+            elif self.keeps(ino):
                 yield from self.commit(ino)
         if not covers(target, PR):
             self.kernel.pop(ino, None)
@@ -270,19 +274,28 @@ class Fuse(Applications):
         future.set((reply, grants))
 
     def keep(self, ino: int, index: int, op: int) -> None:
-        self.kept[ino].append((index, op))
-        self.order.append((ino, index, op))
+        """The home answered a write that is not durable yet."""
+        piece = (index * VALUE, op.to_bytes(VALUE, "little"))
+        self.unstable.answered(self.unstable.sent(self.world.engine.now, Fid(ino, 1), 0, [piece]), VALUE)
+
+    def keeps(self, ino: int) -> bool:
+        return self.unstable.holds(Fid(ino, 1))
+
+    def kept(self) -> list[tuple[int, int, int]]:
+        """Return what is to be sent again: inode, cell, operation."""
+        pieces = [
+            (fid.ino, *piece) for fid in self.unstable.files() for e in self.unstable.entries(fid) for piece in e.pieces
+        ]
+        return [(ino, offset // VALUE, int.from_bytes(data, "little")) for ino, offset, data in pieces]
 
     def commit(self, ino: int) -> Steps:
         """Have the home commit what was answered of a file, and keep it no longer."""
-        covered = list(self.kept[ino])
+        ticket = self.unstable.ticket(Fid(ino, 1))
         promised, losses = self.world.ledger.owned(self, ino), self.losses
         yield self.ship(0, ("fsync", ino))
         if losses != self.losses:
             promised = {}  # EIO: the lower mount of this node went down meanwhile, with what was written there
-        self.kept[ino] = [piece for piece in self.kept[ino] if piece not in covered]
-        gone = {(ino, *piece) for piece in covered}
-        self.order = [piece for piece in self.order if piece not in gone]
+        self.unstable.committed(Fid(ino, 1), ticket)
         return promised
 
 
