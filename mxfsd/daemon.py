@@ -288,6 +288,8 @@ class Daemon:
             await asyncio.to_thread(self.lockspace.release_slot, self.held.record)
         self._release_device()
         self.lockspace.close()
+        if self._lower is None:  # else something may still be written, and our key says whose it is
+            await asyncio.to_thread(leave_fencing, self.fencing)
 
     async def _caches_ended(self) -> None:
         """Before a node whose FUSE layer is dead says good-bye: nothing that its kernel cached can be read any more."""

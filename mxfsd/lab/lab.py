@@ -211,7 +211,8 @@ class Lab:
     def target(self, lab: str) -> target.Target:
         """The lab's SCSI target, not started."""
         folder = self.paths.private
-        prefix = ("ip", "netns", "exec", net.namespace(lab, "br"))
+        # Not "ip netns exec": that makes a copy of the mount namespace too, which would keep the nodes' mounts alive.
+        prefix = ("nsenter", f"--net={net.path_of(net.namespace(lab, 'br'))}")
         place = self.paths.run_link("target").with_suffix(".d")  # its socket must have a short name
         place.mkdir(parents=True, exist_ok=True)
         mark = self.paths.mark("target")

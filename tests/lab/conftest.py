@@ -29,7 +29,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="module")
 def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
-    """A cluster for one module; module variables LAB_NODES and LAB_SIZE change its shape.
+    """A cluster for one module; module variables LAB_NODES, LAB_SIZE and LAB_FENCING change its shape.
 
     Its teardown runs `lab down`, which ends with xfs_repair -n: a complaint fails the module.
     """
@@ -38,7 +38,8 @@ def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
         pytest.skip(reason)
     count = getattr(request.module, "LAB_NODES", 3)
     size = getattr(request.module, "LAB_SIZE", "2G")
-    with running_lab(count=count, size=size) as cluster:
+    fencing = getattr(request.module, "LAB_FENCING", "lease")
+    with running_lab(count=count, size=size, fencing=fencing) as cluster:
         yield cluster
 
 

@@ -99,7 +99,7 @@ class NativeXfs:
 class Lab:
     """A running cluster: ``nodes`` maps a node's name to the folder where the volume is mounted for it."""
 
-    def __init__(self, folder: Path, count: int, size: str, timeouts: str) -> None:
+    def __init__(self, folder: Path, count: int, size: str, timeouts: str, fencing: str = "lease") -> None:
         self.folder = folder
         self.nodes: dict[str, Path] = {f"n{i}": folder / f"n{i}" for i in range(1, count + 1)}
         self._native: NativeXfs | None = None
@@ -109,7 +109,7 @@ class Lab:
                 path.symlink_to(self._native.root)
         else:
             command = ["lab", "up", str(folder), "--nodes", str(count), "--size", size, "--timeouts", timeouts]
-            self._mxfs(command)
+            self._mxfs([*command, "--fencing", fencing])
 
     @property
     def native(self) -> bool:
@@ -149,6 +149,14 @@ class Lab:
         """SIGKILL one process of a node: daemon, fuse or heartbeat."""
         self._mxfs(["lab", "crash", str(self.folder), name, "--process", process])
 
+    def kill(self, name: str) -> None:
+        """Crash a node; returns when nothing of it runs any more."""
+        self._mxfs(["lab", "kill", str(self.folder), name])
+
+    def stop(self, name: str) -> None:
+        """Unmount the volume on a node; returns when its daemon has ended."""
+        self._mxfs(["lab", "stop", str(self.folder), name])
+
     def start(self, name: str) -> None:
         """Mount the volume on a node that is stopped or dead."""
         self._mxfs(["lab", "start", str(self.folder), name])
@@ -182,11 +190,11 @@ class Lab:
 
 
 @contextlib.contextmanager
-def running_lab(count: int = 3, size: str = "2G", timeouts: str = "fast") -> Iterator[Lab]:
+def running_lab(count: int = 3, size: str = "2G", timeouts: str = "fast", fencing: str = "lease") -> Iterator[Lab]:
     """Yield a lab in a folder of its own; taking it down is part of the test, so its failure is one."""
     folder = scratch_dir("mxfs-lab-")
     try:
-        lab = Lab(folder, count, size, timeouts)
+        lab = Lab(folder, count, size, timeouts, fencing)
     except (LabError, subprocess.TimeoutExpired):
         if not NATIVE:
             run([sys.executable, "-m", "mxfsd.cli.mxfs", "lab", "down", folder])
