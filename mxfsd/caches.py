@@ -120,10 +120,15 @@ class CacheGuard:
             return True
 
     def _dropped(self) -> bool:
+        """Whether the FUSE layer has said so. It takes that back when it hears of the next lease, which may be before we
+        do: where the lease was at its end by then, this one is done with all the same."""
         try:
-            return is_dropped(self._list)
+            found = is_dropped(self._list)
         except (OSError, MediaError):
             return False
+        if found and self._clock() >= self.until_ms - self._margin_ms:
+            self._done = True
+        return found
 
     def _end(self) -> None:
         """End the connection, and with it every request that holds a folio."""

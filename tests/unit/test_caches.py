@@ -119,6 +119,28 @@ def test_a_live_fuse_layer_drops_its_caches_itself(stage: Stage) -> None:
     assert not stage.aborted()
 
 
+def test_one_that_hears_of_the_next_lease_before_we_do_is_left_alone(stage: Stage) -> None:
+    stage.listed.set_dropped(True)
+    stage.at(MARGIN + 1)
+    assert stage.guard.settled
+    stage.at(MARGIN)
+    stage.listed.set_dropped(False)
+    stage.at(MARGIN - 1)
+    assert stage.invalidated() == []
+    stage.guard.tell(stage.now + 2000)
+    stage.at(MARGIN)  # the next lease has an end too
+    assert stage.invalidated() == [0, 7, 9, 0]
+
+
+def test_what_was_dropped_before_a_renewal_counts_for_the_old_lease_only(stage: Stage) -> None:
+    stage.listed.set_dropped(True)
+    stage.guard.tell(stage.now + 4000)
+    stage.at(1000)
+    stage.listed.set_dropped(False)
+    stage.at(MARGIN)
+    assert stage.invalidated() == [0, 7, 9, 0]
+
+
 def test_a_stuck_one_is_helped_before_the_lease_ends(stage: Stage) -> None:
     stage.at(MARGIN + 1)
     assert stage.invalidated() == []
