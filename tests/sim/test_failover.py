@@ -71,8 +71,9 @@ def test_nothing_acknowledged_is_lost() -> None:
     assert seen["ended"] == SEEDS
     # A simulation in which nothing happens proves nothing.
     print(dict(seen))
-    for kind in (*KINDS, "pr", "lease", "damaged", "step downs"):
+    for kind in (*KINDS, "pr", "lease", "damaged"):
         assert seen[kind] > SEEDS / 150, kind
+    assert seen["step downs"] > SEEDS / 500
     assert seen["takeovers"] > SEEDS / 2
     assert seen["done"] > 20 * SEEDS and seen["seen"] > 30 * SEEDS and seen["synced"] > 4 * SEEDS
 

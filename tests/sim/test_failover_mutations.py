@@ -69,7 +69,11 @@ MUTANTS: list[tuple[str, Rules, dict[str, Any]]] = [
     ("serve before the grace period ends", Rules(grace=False), {}),
     ("grant before the lease of an evicted node ends", Rules(membership=EndsLeasesEarly), {}),
     ("reply before the log is forced", Rules(force=False), {}),
-    ("reads show what is not durable", Rules(force_reads=False), {}),
+    (
+        "reads show what is not durable",
+        Rules(force_reads=False),
+        {"late": 0.3, "faults": only("power", "daemon", "heart")},
+    ),
     ("no intent", Rules(intent=False), {"faults": between_change_and_outcome}),
     ("no outcome", Rules(outcome=False), {}),
     ("unstable data is not sent again", Rules(replay=False), {}),
