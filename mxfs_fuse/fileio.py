@@ -206,15 +206,20 @@ class FileIO:
                         continue
                     node.waits_no_more(serial)
                     node.refilled = True
-                    node.serving += 1
+                    node.serves(serial, off, off + size)
                     try:
                         return await self._pread(handle, off, size)
                     finally:
-                        node.serving -= 1
-                        if node.revocation is not None:
-                            node.revocation.again = True
+                        self._served(node, serial, off, size)
         finally:
             node.waits_no_more(serial)
+
+    def _served(self, node: Node, serial: int, off: int, length: int) -> None:
+        """An upcall ran, and is about to be answered."""
+        if node.served(serial):
+            self.state.locks.drop_answered(node, off, length)
+        if node.revocation is not None:
+            node.revocation.again = True
 
     async def _usable(self, node: Node, needed: LockMode, write: int = -1) -> bool:
         """Whether an upcall of a cached descriptor may run now; waits for what is missing otherwise."""
@@ -275,7 +280,7 @@ class FileIO:
             while True:
                 if await self._usable(node, _PW, serial):
                     node.waits_no_more(serial)
-                    node.serving += 1
+                    node.serves(serial, 0, 0)
                     try:
                         if self.state.lower is not None:
                             done = self._pwrite(handle, off, buf)
@@ -285,9 +290,7 @@ class FileIO:
                             await self.state.locks.drop_written(node, off, len(buf))
                         return done
                     finally:
-                        node.serving -= 1
-                        if node.revocation is not None:
-                            node.revocation.again = True
+                        self._served(node, serial, off, len(buf))
         finally:
             node.waits_no_more(serial)
             node.write_over(serial)

@@ -291,27 +291,33 @@ class LockClient:
         Dropping such a one again would do harm: the kernel ignores the answer of a GETATTR that was asked before, and
         goes on reading with the size that it knew before that.
         """
-        busy = node.revocation is not None or node.serving > 0
+        busy = node.revocation is not None or bool(node.serving)
         return node.may_have_pages and (busy or self.cache.data_mode(node.fid.ino) is not LockMode.NL)
 
     async def drop_pages_of(self, node: Node) -> None:
-        """Drop all pages of a file but those that waiting upcalls have locked (the lock is lost already).
+        """Drop all pages of a file but those that upcalls have locked (the lock is lost already).
 
+        Upcalls that were under way to a home that died are answered by the next one: ``drop_answered`` sees to them.
         The gate is closed, so no upcall is answered meanwhile. One that comes during a pass may have locked what the
         pass waits for; what lies behind that is dropped by another pass, which leaves it out.
         """
         gaps: list[tuple[int, int]] | None = None
         passes: set[asyncio.Task[None]] = set()
         while True:
-            now = _gaps(node.in_flight)
+            now = _gaps({**node.in_flight, **node.serving})
             if now != gaps:
                 gaps = now
+                node.leave_out_served()
                 passes.add(self._pass(node.fid.ino, gaps))
             ended, _ = await asyncio.wait(passes, timeout=_STUCK_S, return_when=asyncio.FIRST_COMPLETED)
             if ended:
                 for task in ended:
                     task.result()
                 return
+
+    def drop_answered(self, node: Node, offset: int, length: int) -> None:
+        """Drop the pages of an upcall whose lock was lost while it ran. The pass waits for the answer where it must."""
+        self._pass(node.fid.ino, [(offset, length)])
 
     def drop_attributes(self, inos: list[int]) -> asyncio.Future[None]:
         """Drop every directory entry and the attributes of these inodes."""

@@ -202,7 +202,7 @@ class Server:
         while True:
             await asyncio.sleep(1)
             self.state.locks.tick()
-            self._maybe_reopen()
+            self._dropped()
 
     async def _answers(self) -> None:
         """Return when the mount answers: a stat of its root through the kernel, from a thread."""

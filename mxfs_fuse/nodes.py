@@ -88,7 +88,8 @@ class Node:
         "registered",
         "removing",
         "revocation",
-        "serving",
+        "_serving",
+        "_left_out",
         "settled",
     )
 
@@ -138,8 +139,8 @@ class Node:
         """No WRITE has come since the last invalidation: the next one may be older than that, and than READs since."""
         self.refilled = False
         """A READ was answered since the last invalidation and before a WRITE came."""
-        self.serving = 0
-        """READ and WRITE upcalls that run just now under the lock."""
+        self._serving: dict[int, Span] | None = None
+        self._left_out = _NONE_LATE
         self.revocation: Revocation | None = None
         self.removing: asyncio.Future[None] | None = None
         """Its last name may be going away just now: opens wait."""
@@ -183,6 +184,34 @@ class Node:
         if self._in_flight is not None:
             self._in_flight.pop(serial, None)
             self._in_flight = self._in_flight or None
+
+    @property
+    def serving(self) -> Mapping[int, Span]:
+        """READ and WRITE upcalls that run just now under the lock, by serial.
+
+        The folios of a READ are locked and not up to date: for long where the home has died that was to answer. A WRITE
+        may have some that can be read, so its span here is empty.
+        """
+        return self._serving or _NO_SPANS
+
+    def serves(self, serial: int, start: int, end: int) -> None:
+        """An upcall runs."""
+        if self._serving is None:
+            self._serving = {}
+        self._serving[serial] = (start, end)
+
+    def served(self, serial: int) -> bool:
+        """It is over. True: its pages were left out when all others were dropped, and have to be dropped now."""
+        if self._serving is not None:
+            self._serving.pop(serial, None)
+            self._serving = self._serving or None
+        left_out = serial in self._left_out
+        self._left_out -= {serial}
+        return left_out
+
+    def leave_out_served(self) -> None:
+        """Pages of upcalls that run just now are not dropped with the others."""
+        self._left_out |= self.serving.keys()
 
     @property
     def writes(self) -> Mapping[int, Waiting]:

@@ -253,6 +253,29 @@ async def test_none_begins_between_the_last_pass_and_the_release(rig: Rig, monke
     read.cancel()
 
 
+async def test_a_drop_leaves_out_a_read_that_the_home_did_not_answer(rig: Rig) -> None:
+    """The home died with it: everything else is dropped now, and what the next home answers is not kept either."""
+    rig.kernel.cached = {1, 5}
+    read = rig.start_read(3)
+    await rig.until(lambda: rig.shipped)
+    rig.state.close_gate()
+    rig.locks.cache.drop_all()
+    async with asyncio.timeout(10):
+        await rig.locks.drop_pages_of(rig.node)
+    assert rig.kernel.cached == set()
+    rig.answer(rig.shipped[0][0])
+    await read
+    await rig.until(lambda: not rig.locks._tasks)
+    assert rig.kernel.cached == set(), "it came when there was no lock any more"
+    again = rig.start_read(4)
+    rig.state.open_gate()
+    rig.grant(LockMode.PR)
+    await rig.until(lambda: len(rig.shipped) == 2)
+    rig.answer(rig.shipped[1][0])
+    await again
+    assert rig.kernel.cached == {4}, "under a lock it is kept"
+
+
 async def test_what_cannot_be_made_durable_keeps_the_lock(
     rig: Rig, monkeypatch: pytest.MonkeyPatch, log_guard: list[str]
 ) -> None:
