@@ -1,8 +1,8 @@
 """``python -m tests.soak.cycles -n 1000``: mounts and unmounts, again and again, and looks for what stays behind.
 
 An eighth of the cycles on a node that is alone (each makes it the home and unmounts XFS again), the others on three
-nodes at once (most of a mount is waiting) while the first one stays the home, whose processes must neither grow nor keep
-descriptors.
+nodes at once (most of a mount is waiting) while the first one stays the home, whose processes must neither grow nor
+keep descriptors.
 """
 
 import argparse
