@@ -120,8 +120,8 @@ class CacheGuard:
             return True
 
     def _dropped(self) -> bool:
-        """Whether the FUSE layer has said so. It takes that back when it hears of the next lease, which may be before we
-        do: where the lease was at its end by then, this one is done with all the same."""
+        """Whether the FUSE layer has said so. It takes that back when it hears of the next lease, perhaps before we do:
+        where the lease was at its end by then, this one is done with all the same."""
         try:
             found = is_dropped(self._list)
         except (OSError, MediaError):
