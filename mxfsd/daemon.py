@@ -501,11 +501,12 @@ class Daemon:
         until = await self.heartbeat.set_home(None)
         lease = await asyncio.to_thread(self.lockspace.read_lease)
         await asyncio.to_thread(self.lockspace.give_lease, lease, until, target, self.timeouts)
-        members = [slot for slot, conn in self.peers.items() if not conn.closed and slot != target]
+        # Those that are silent just now too: they may hold something.
+        members = self.members.present() if self.members is not None else []
         fields = {
             "slot": target,
             "epoch": self.epoch + 1,
-            "members": [*members, self.slot, target],
+            "members": sorted({*members, self.slot, target}),
             "evicted": sorted(self.evicted),
         }
         self.home = None

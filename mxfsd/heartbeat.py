@@ -95,6 +95,8 @@ class Beater:
         self.post = post
         self.commands: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self.watch = Watch(timeouts.lease_ms)
+        self._known: dict[int, SlotRecord] = {}
+        """Each slot as it was read last, from records that could be read."""
         self.others: list[SlotRecord] = []
         """The slots that somebody beats in, or did."""
         self.beats = 0
@@ -287,16 +289,17 @@ class Beater:
         return fuse is not None and fuse.alive
 
     def nothing_mounted(self) -> bool:
-        """Whether FAILED may be said: the lower mount that we guarded is shut down, and there is no other.
+        """Whether FAILED may be said: the lower mount that we guarded is gone, and there is no other.
 
-        With a lease and no mount to guard, the daemon was mounting or unmounting when it died: a process that maps a
-        file may keep the mount up after it. Only an exclusive open of the device, which no mounted one allows, tells.
+        It is not enough that it was shut down: what it had sent to the disk before may be under way still. And with a
+        lease and no mount to guard, the daemon was mounting or unmounting when it died: a process that maps a file may
+        keep the mount up after it. An exclusive open of the device, which no mounted one allows, tells both.
         """
         if self.guard.armed:
             return False
-        if self.guard.fenced or self.keeper.lease is None:
+        if not self.guard.fenced and self.keeper.lease is None:
             return True
-        deadline = self.clock() + self.timeouts.heartbeat_ms
+        deadline = self.clock() + self.timeouts.lease_ms
         while True:
             try:
                 os.close(os.open(self.lockspace.disk.path, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
@@ -321,10 +324,12 @@ class Beater:
     def report(self, snap: Snapshot) -> Message:
         """Return the report of one beat. Slots that nobody has are left out."""
         own = self.keeper.record
+        # A record that cannot be read counts as unchanged: a torn write must not make a node vanish.
+        self._known.update((slot.slot, slot) for slot in snap.slots if slot is not None)
         slots = [
             slot_json(slot, self.watch.age_ms(slot.slot))
-            for slot in snap.slots
-            if slot is not None and slot.state is not SlotState.FREE and slot.slot != own.slot
+            for _number, slot in sorted(self._known.items())
+            if slot.state is not SlotState.FREE and slot.slot != own.slot
         ]
         # Ours as it was written after the read.
         slots.append(slot_json(own, 0))

@@ -65,6 +65,8 @@ class HomeRole:
         self._sessions_of: dict[int, set[int]] = {}
         self._reclaims: dict[int, set[int]] = {}
         self._incarnations: dict[int, int] = {}
+        self._connections: dict[int, int] = {}
+        """How often each node has greeted."""
         self.shipped = 0
 
     # -- operations ------------------------------------------------------------------------------------------------
@@ -94,6 +96,7 @@ class HomeRole:
 
     async def _run_operation(self, node: int, session: int, seq: int, request: Request, keep: bool) -> None:
         self.shipped += 1
+        connection = self._connections.get(node, 0)
         try:
             outcome = await self.service.execute(node, request, Key(session, seq) if keep else None)
         except Frozen:
@@ -110,6 +113,8 @@ class HomeRole:
             return
         if keep:
             self.sessions.done(session, seq, outcome.to_keep())
+        if connection != self._connections.get(node, 0):
+            return  # it has connected anew, named its locks without those of this reply, and asks again
         self._send_frame(node, FrameType.OP_REPLY, outcome.parts(), session, seq)
 
     def _fail(self, reason: str) -> None:
@@ -237,6 +242,7 @@ class HomeRole:
         """A node connected. An earlier incarnation of it is gone, with all it held, unless this one *continues* it, or
         one that it continued: then its FUSE layer is the same, and names what it holds again. The membership has found
         that to be true."""
+        self._connections[node] = self._connections.get(node, 0) + 1
         before = self._incarnations.get(node)
         if before is not None and before != incarnation and not continues:
             self.node_gone(node)

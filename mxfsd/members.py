@@ -84,6 +84,10 @@ class Members:
         """A member from before this node became the home."""
         self._membership.expect(now_ms(), slot, incarnation)
 
+    def present(self) -> list[int]:
+        """The nodes that take part, silent ones too."""
+        return self._membership.present()
+
     def heard_ms(self, slot: int) -> int:
         """When the node was last heard, 0: never."""
         return self._membership.contact_ms(slot)

@@ -60,6 +60,9 @@ def judge(
         return Verdict.FAILED, Victim(lease.owner_slot, lease.incarnation, 0, Verdict.FAILED)
     else:
         key = 0
+        last = report.slots.get(lease.owner_slot) if report is not None else None
+        if owner is None and last is not None and last.incarnation == lease.incarnation:
+            key = last.pr_key  # it cannot be read just now: what it said when it could
     view = report.lease if report is not None else None
     slot = report.slots.get(lease.owner_slot) if report is not None else None
     if view is None or (view.epoch, view.owner_slot, view.sequence) != (lease.epoch, lease.owner_slot, lease.sequence):
@@ -120,6 +123,10 @@ class Succession:
         dead_ms = daemon.timeouts.node_dead_ms
         verdict, victim = judge(snap.lease, owner, daemon.held.record, report, dead_ms)
         self._wait_ms = wait_ms
+        if snap.lease.state is LeaseState.HELD and snap.lease.owner_slot == daemon.slot:
+            # A claim of our own that was given up: nobody is home, and its time has to pass.
+            times = daemon.timeouts
+            self._wait_ms = max(wait_ms, times.lease_ms + times.claim_wait_ms + 2 * times.heartbeat_ms)
         self._members = members
         self._victim = victim
         self.began_ms = now_ms()
@@ -207,7 +214,11 @@ class Succession:
         """
         daemon = self._daemon
         victim = self._victim
-        slots = [slot for slot in found if slot is not None]
+        report = daemon.heartbeat.report if daemon.heartbeat is not None else None
+        known = report.slots if report is not None else {}
+        # A record that cannot be read just now says what it said last.
+        latest = [slot or known.get(number) for number, slot in enumerate(found, 1)]
+        slots = [slot for slot in latest if slot is not None]
         recent = {slot.slot: slot.incarnation for slot in slots if slot.state in _RECENT}
         gone = {daemon.slot}
         for slot in slots:

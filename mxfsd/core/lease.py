@@ -408,14 +408,11 @@ class Evidence:
     lease_sequence: int
 
     def fits(self, snap: Snapshot) -> bool:
-        """Return whether the counters still stand where they were seen."""
+        """Return whether the counters still stand where they were seen. A slot that cannot be read is unchanged."""
         slot, lease = snap.slot(self.slot), snap.lease
-        return (
-            slot is not None
-            and lease is not None
-            and (slot.incarnation, slot.counter) == (self.incarnation, self.counter)
-            and (lease.owner_slot, lease.sequence) == (self.slot, self.lease_sequence)
-        )
+        if lease is None or (lease.owner_slot, lease.sequence) != (self.slot, self.lease_sequence):
+            return False
+        return slot is None or (slot.incarnation, slot.counter) == (self.incarnation, self.counter)
 
 
 class LeaseClaim(Claim):
@@ -491,7 +488,7 @@ class LeaseClaim(Claim):
         if still and (owner is None or self.watch.age_ms(lease.owner_slot) >= dead):
             return True
         if owner is None:
-            return False
+            return self.evidence is not None and self.evidence.fits(snap)
         if (owner.node_uuid, owner.incarnation) == (lease.owner_uuid, lease.incarnation):
             ours = (owner.node_uuid, owner.incarnation) == (self.me.node_uuid, self.me.incarnation)
             fits = self.evidence is not None and self.evidence.fits(snap)

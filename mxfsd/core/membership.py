@@ -245,7 +245,8 @@ class Membership:
             if member.state not in _PRESENT:
                 return [Refused(node, incarnation)]
             return self.on_contact(now_ms, node, incarnation)
-        if continues and member.incarnation:
+        if continues:
+            # What a home does not know of was put out before it, or by an earlier one.
             if not member.first <= continues <= member.incarnation or member.state not in _PRESENT:
                 return [Refused(node, incarnation)]
             member.incarnation = member.next_incarnation = incarnation
@@ -385,14 +386,14 @@ class Membership:
                 self._join(now_ms, node, member, out)
 
     def _cut_off(self, now_ms: int) -> bool:
-        """Return whether most of at least two others are out of reach for node_dead_ms while their slots move."""
+        """Return whether most of at least two others are out of reach while their slots move, one for node_dead_ms.
+
+        They need not all have been for so long: else they would be put out one by one, each of them a minority.
+        """
         present = [member for member in self._members.values() if member.state in _PRESENT]
-        lost = [
-            member
-            for member in present
-            if now_ms - member.contact_ms >= self._dead_ms and member.slot_age_ms < self._lease_ms
-        ]
-        return len(present) >= 2 and 2 * len(lost) > len(present)
+        silent_ms = [now_ms - member.contact_ms for member in present if member.slot_age_ms < self._lease_ms]
+        lost = [silence for silence in silent_ms if silence >= self._lease_ms]
+        return len(present) >= 2 and 2 * len(lost) > len(present) and max(lost) >= self._dead_ms
 
     def _check_disk(self, out: list[MembershipEffect]) -> None:
         away = self._disk_failed or self._own_age_ms >= self._lease_ms

@@ -116,6 +116,10 @@ def test_a_restarted_daemon_comes_too_late_or_continues_somebody_else() -> None:
     assert member.on_connected(420, 2, 6) == [Joined(2, 6)]
 
 
+def test_nobody_continues_what_this_home_does_not_know() -> None:
+    assert home().on_connected(10, 2, 7, continues=6) == [Refused(2, 7)]
+
+
 def test_unreachable_node_is_declared_dead_while_its_slot_moves() -> None:
     member = home(2, 3)
     member.on_contact(290, 3, 5)
@@ -124,6 +128,13 @@ def test_unreachable_node_is_declared_dead_while_its_slot_moves() -> None:
         DeclareDead(2, 5, Reason.UNREACHABLE),
         LeaseEnded(2, 5),
     ]
+
+
+def test_whoever_loses_most_others_one_after_the_other_is_cut_off_too() -> None:
+    member = home(2, 3)
+    member.on_contact(150, 3, 5)
+    assert member.on_slots(300, slots(0, n2=1, n3=1)) == [StepDown(), Suspect(2), Suspect(3)]
+    assert member.present() == [2, 3]
 
 
 def test_whoever_loses_most_others_is_the_one_cut_off() -> None:

@@ -1,6 +1,7 @@
 """Who holds the lease, as a node that wants to be home judges it, and the agents that fence."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from mxfsd.core.takeover import Verdict, Victim
 from mxfsd.fencing import LeaseFencing, PrFencing, choose
 from mxfsd.io.heartbeat_client import BeatReport, LeaseView, SlotView
 from mxfsd.options import parse
-from mxfsd.takeover import judge
+from mxfsd.takeover import Succession, judge
 
 DEAD_MS = 4000
 A, B, C = b"A" * 16, b"B" * 16, b"C" * 16
@@ -53,8 +54,12 @@ def test_a_home_that_may_live_is_alive(seen: BeatReport | None) -> None:
 
 def test_a_home_whose_counters_stand_still_is_silent() -> None:
     assert verdict(HELD, OWNER, report(DEAD_MS, DEAD_MS)) == (Verdict.SILENT, Victim(1, 3, 0xAB, Verdict.SILENT))
-    unreadable = (Verdict.SILENT, Victim(1, 3, 0, Verdict.SILENT))
-    assert verdict(HELD, None, report(DEAD_MS, DEAD_MS)) == unreadable
+
+
+def test_the_key_of_a_home_whose_slot_cannot_be_read_is_what_it_said_last() -> None:
+    assert verdict(HELD, None, report(DEAD_MS, DEAD_MS)) == (Verdict.SILENT, Victim(1, 3, 0xAB, Verdict.SILENT))
+    later = replace(HELD, incarnation=4)
+    assert verdict(later, None, report(DEAD_MS, DEAD_MS)) == (Verdict.SILENT, Victim(1, 4, 0, Verdict.SILENT))
 
 
 @pytest.mark.parametrize("state", [SlotState.FAILED, SlotState.RESTARTING, SlotState.LEFT])
@@ -124,3 +129,21 @@ def test_a_device_in_use_does_not_lose_its_registration(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(fencing.os, "open", busy)
     assert not fencing._unused("/dev/sdx")
+
+
+class Home:
+    """As much of a daemon as knows whom it has to hear."""
+
+    def __init__(self, seen: BeatReport) -> None:
+        self.slot = 2
+        self.heartbeat = SimpleNamespace(report=seen)
+        self.fuse = None
+        self.expected: dict[int, int] = {}
+        self.members = SimpleNamespace(expect=self.expected.__setitem__)
+
+
+def test_a_node_whose_slot_cannot_be_read_just_now_is_heard_all_the_same() -> None:
+    daemon: Any = Home(report(0, 0))
+    found = [None, ME, replace(OWNER, slot=3, incarnation=9, state=SlotState.RESTARTING), SlotRecord(4)]
+    assert Succession(daemon)._who(found) == {1, 3}
+    assert daemon.expected == {1: 3, 3: 9}
