@@ -204,22 +204,24 @@ class FileIO:
                     if older:
                         await asyncio.wait(older)
                         continue
-                    node.waits_no_more(serial)
                     node.refilled = True
                     node.serves(serial, off, off + size)
                     try:
-                        return await self._pread(handle, off, size)
+                        data = await self._pread(handle, off, size)
                     finally:
-                        self._served(node, serial, off, size)
+                        left_out = self._served(node, serial)
+                    if not left_out:
+                        return data
+                    # The lock was lost meanwhile: without one nobody would ever take these pages from the kernel again.
+                    node.came(serial, off, off + size)
         finally:
             node.waits_no_more(serial)
 
-    def _served(self, node: Node, serial: int, off: int, length: int) -> None:
-        """An upcall ran, and is about to be answered."""
-        if node.served(serial):
-            self.state.locks.drop_answered(node, off, length)
+    def _served(self, node: Node, serial: int) -> bool:
+        """An upcall ran. True: all locks were lost meanwhile, and its pages left out when the others were dropped."""
         if node.revocation is not None:
             node.revocation.again = True
+        return node.served(serial)
 
     async def _usable(self, node: Node, needed: LockMode, write: int = -1) -> bool:
         """Whether an upcall of a cached descriptor may run now; waits for what is missing otherwise."""
@@ -279,8 +281,7 @@ class FileIO:
         try:
             while True:
                 if await self._usable(node, _PW, serial):
-                    node.waits_no_more(serial)
-                    node.serves(serial, 0, 0)
+                    node.serves(serial, off, off + len(buf))
                     try:
                         if self.state.lower is not None:
                             done = self._pwrite(handle, off, buf)
@@ -288,9 +289,14 @@ class FileIO:
                             done = await self._ship_write(handle, off, buf)
                         if again:
                             await self.state.locks.drop_written(node, off, len(buf))
-                        return done
                     finally:
-                        self._served(node, serial, off, len(buf))
+                        left_out = self._served(node, serial)
+                    if left_out:
+                        node.came(serial, off, off + len(buf))
+                        while not await self._usable(node, _PW, serial):
+                            pass  # its folios stay in the cache when it is answered: only under a lock
+                        await self.state.locks.drop_written(node, off, len(buf))
+                    return done
         finally:
             node.waits_no_more(serial)
             node.write_over(serial)

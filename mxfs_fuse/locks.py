@@ -297,12 +297,16 @@ class LockClient:
     async def drop_pages_of(self, node: Node) -> None:
         """Drop all pages of a file but those that upcalls have locked (the lock is lost already).
 
-        Upcalls that were under way to a home that died are answered by the next one: ``drop_answered`` sees to them.
-        The gate is closed, so no upcall is answered meanwhile. One that comes during a pass may have locked what the
-        pass waits for; what lies behind that is dropped by another pass, which leaves it out.
+        The gate is closed, so none that comes meanwhile is answered; one that was under way to a home that died is
+        answered only when the lock is held again. Either may have locked what a pass waits for; what lies behind that
+        is dropped by another pass, which leaves it out. A WRITE may have folios too that are not locked: what a pass
+        comes to of them is dropped.
         """
         gaps: list[tuple[int, int]] | None = None
         passes: set[asyncio.Task[None]] = set()
+        if node.writes:
+            waiting = {**node.in_flight, **node.serving}
+            self._pass(node.fid.ino, _gaps({n: span for n, span in waiting.items() if n not in node.writes}))
         while True:
             now = _gaps({**node.in_flight, **node.serving})
             if now != gaps:
@@ -313,11 +317,9 @@ class LockClient:
             if ended:
                 for task in ended:
                     task.result()
+                node.expect_old_write()
+                node.refilled = False
                 return
-
-    def drop_answered(self, node: Node, offset: int, length: int) -> None:
-        """Drop the pages of an upcall whose lock was lost while it ran. The pass waits for the answer where it must."""
-        self._pass(node.fid.ino, [(offset, length)])
 
     def drop_attributes(self, inos: list[int]) -> asyncio.Future[None]:
         """Drop every directory entry and the attributes of these inodes."""

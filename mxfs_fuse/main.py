@@ -91,7 +91,7 @@ class Server:
         self._lease_timer: asyncio.TimerHandle | None = None
         self._lapsed = False
         self._leaving: asyncio.Task[None] | None = None
-        self._drops: list[tuple[Node, asyncio.Future[None]]] = []
+        self._drops: list[asyncio.Future[None]] = []
         self._frozen = True
         self._listed = CacheList()
         Node.listed = self._listed
@@ -313,13 +313,13 @@ class Server:
         assert state is not None
         self._lapsed = True
         self._drops = [
-            (node, asyncio.ensure_future(state.locks.drop_pages_of(node)))
+            asyncio.ensure_future(state.locks.drop_pages_of(node))
             for node in state.nodes.values()
             if state.locks.may_be_readable(node)
         ]
         for node in state.nodes.values():
             node.forget_cached()
-        self._drops.append((Node(state.root), state.locks.drop_attributes(list(state.nodes))))
+        self._drops.append(state.locks.drop_attributes(list(state.nodes)))
         self._when_dropped()
 
     # -- frames ----------------------------------------------------------------------------------------------------
@@ -398,7 +398,7 @@ class Server:
             state.close_gate()
         readable = [node for node in state.nodes.values() if state.locks.may_be_readable(node)]
         state.locks.cache.drop_all()
-        self._drops = [(node, asyncio.ensure_future(state.locks.drop_pages_of(node))) for node in readable]
+        self._drops = [asyncio.ensure_future(state.locks.drop_pages_of(node)) for node in readable]
         for node in state.nodes.values():
             node.forget_cached()
         if state.kernel is not None and state.kernel.has_epoch:
@@ -407,12 +407,12 @@ class Server:
 
     def _when_dropped(self) -> None:
         """Say so, and perhaps go on, when each of the drops under way has ended."""
-        for _node, work in self._drops:
+        for work in self._drops:
             work.add_done_callback(lambda _done: self._dropped())
         self._dropped()
 
     def _dropped(self) -> None:
-        if self._lapsed and all(_is_over(node, work) for node, work in self._drops):
+        if self._lapsed and all(_is_over(work) for work in self._drops):
             self._listed.set_dropped(True)
         self._maybe_reopen()
 
@@ -421,8 +421,7 @@ class Server:
         state = self.state
         if not self._lapsed or state is None or now_ms() >= state.lease_until_ms - state.lease_margin_ms:
             return
-        # A pass that waits for folios of upcalls which themselves wait at the gate has nothing readable before it.
-        if any(not work.done() and not node.in_flight for node, work in self._drops):
+        if not all(work.done() for work in self._drops):
             return
         self._listed.set_dropped(False)
         self._lapsed = False
@@ -495,11 +494,9 @@ class Server:
             state.open_gate()
 
 
-def _is_over(node: Node, work: asyncio.Future[None]) -> bool:
-    """Whether nothing can be read that a drop is to make unreadable; see ``_maybe_reopen`` for one that waits."""
-    if not work.done():
-        return bool(node.in_flight)
-    return not work.cancelled() and work.exception() is None
+def _is_over(work: asyncio.Future[None]) -> bool:
+    """Whether nothing can be read that a drop was to make unreadable."""
+    return work.done() and not work.cancelled() and work.exception() is None
 
 
 def terminate() -> None:

@@ -187,21 +187,19 @@ class Node:
 
     @property
     def serving(self) -> Mapping[int, Span]:
-        """READ and WRITE upcalls that run just now under the lock, by serial.
-
-        The folios of a READ are locked and not up to date: for long where the home has died that was to answer. A WRITE
-        may have some that can be read, so its span here is empty.
-        """
+        """READ and WRITE upcalls that run just now under the lock, by serial. Their folios may be locked: for long
+        where the home has died that was to answer."""
         return self._serving or _NO_SPANS
 
     def serves(self, serial: int, start: int, end: int) -> None:
-        """An upcall runs."""
+        """An upcall runs, and waits no more."""
+        self.waits_no_more(serial)
         if self._serving is None:
             self._serving = {}
         self._serving[serial] = (start, end)
 
     def served(self, serial: int) -> bool:
-        """It is over. True: its pages were left out when all others were dropped, and have to be dropped now."""
+        """It is over. True: its pages were left out when all others were dropped."""
         if self._serving is not None:
             self._serving.pop(serial, None)
             self._serving = self._serving or None
