@@ -9,7 +9,7 @@ from test_soak import run_to_its_end
 pytestmark = pytest.mark.needs_lab
 CYCLES = int(os.environ.get("CYCLES") or 200)
 CYCLE_S = 1.5
-"""Two at once on a machine with two cores that is otherwise idle take half a second; a busy one needs more."""
+"""Measured: 0.4 s where three nodes take turns at once, 1.2 s on a node alone; a busy machine needs more."""
 
 
 @pytest.mark.timeout(CYCLES * CYCLE_S + 200)

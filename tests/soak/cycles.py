@@ -1,6 +1,6 @@
 """``python -m tests.soak.cycles -n 1000``: mounts and unmounts, again and again, and looks for what stays behind.
 
-An eighth of the cycles on a node that is alone (each makes it the home and unmounts XFS again), the others on three
+A sixteenth of the cycles on a node that is alone (each makes it the home and unmounts XFS again), the others on three
 nodes at once (most of a mount is waiting) while the first one stays the home, whose processes must neither grow nor
 keep descriptors.
 """
@@ -115,7 +115,7 @@ def phase(lab: Lab, all_nodes: list[str], nodes: list[str], first: int, count: i
     """Warm up, look, do *count* cycles in all on *nodes*, look again; return what leaked or failed."""
     root = lab.paths.root
     each = -(-count // len(nodes))
-    warm_up = min(WARM_UP, each)
+    warm_up = min(WARM_UP, each // 2)
     wrong = cycle(root, nodes, first, warm_up)
     before = Look(lab, all_nodes, stays)
     begun = time.monotonic()
@@ -141,7 +141,7 @@ def run(count: int) -> list[str]:
     try:
         for name in reversed(names):
             lab.stop(name)
-        alone = count // 8
+        alone = count // 16
         wrong += phase(lab, names, ["n1"], 0, alone, "")
         if not wrong:
             lab.start("n1")

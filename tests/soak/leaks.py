@@ -67,8 +67,16 @@ def descriptors(pid: int, lab: Path) -> tuple[list[str], list[str]]:
                 path = os.readlink(f"/proc/{pid}/fd/{name}")
                 elsewhere = path.startswith(("/dev/", "/run/", "/proc/", "/sys/", "/memfd:", f"{lab}/"))
                 elsewhere = elsewhere or re.fullmatch(r"/\d+/abort", path) is not None  # fusectl, mounted nowhere
-                (lower if path.startswith("/") and not elsewhere else own).append(path)
+                ours = not path.startswith("/") or elsewhere
+                (own if ours else lower).append(path if ours or not _is_folder(pid, name) else f"{path}/")
     return own, lower
+
+
+def _is_folder(pid: int, name: str) -> bool:
+    """Whether a descriptor was opened with O_DIRECTORY (proc(5), fdinfo)."""
+    text = Path(f"/proc/{pid}/fdinfo/{name}").read_text()
+    found = re.search(r"^flags:\s+([0-7]+)", text, re.MULTILINE)
+    return found is not None and bool(int(found[1], 8) & os.O_DIRECTORY)
 
 
 class Processes:
@@ -112,6 +120,7 @@ class Processes:
                 most_lower = LOWER_MAX if node == home else 0
                 if len(lower) > most_lower:
                     found.append(f"{kind} of {node} has {len(lower)} files of the lower mount open: {lower[:5]}")
+                # Folders that another node removed stay among those used last; a file would keep its data.
                 unlinked = [path for path in lower if path.endswith(" (deleted)")]
                 if unlinked:
                     found.append(f"{kind} of {node} keeps unlinked files of the lower mount open: {unlinked[:5]}")
