@@ -113,6 +113,8 @@ class Soak:
             event: Event | None = None
             try:
                 event = actions.run(kind)
+            except Broken as broken:
+                raise Broken(f"during {kind}: {broken}") from broken
             finally:
                 self._excuse(event, began_s)
             self._collect()
