@@ -47,6 +47,8 @@ class ClientRole:
         self._expected_until_ms = 0
         self._misfit: LeaseRecord | None = None  # as the first of our attempts met somebody who does not fit
         self._asked_ms: deque[int] = deque(maxlen=_LEASES_ASKED)  # on this connection
+        self._heard_ms = 0
+        """When the home gave a lease last, or the connection to it was begun."""
         self._renewal: asyncio.TimerHandle | None = None
 
     def close(self) -> None:
@@ -120,6 +122,7 @@ class ClientRole:
         self._welcomed = asyncio.get_running_loop().create_future()
         self._conn = conn
         self._asked_ms.clear()
+        self._heard_ms = now_ms()
         assert daemon.fuse is not None
         continues = daemon.fuse.continues
         settings = (daemon.options.timeouts, daemon.fencing.name)
@@ -151,9 +154,9 @@ class ClientRole:
             if not daemon.fuse.continues:
                 conn.send(FrameType.RECLAIM_DONE, pack_json({"rows": 0}), epoch=daemon.epoch)
 
-    def expect_home(self) -> None:
-        """Another node was given the lease: leave it the time to take it."""
-        self._expected_until_ms = now_ms() + self._daemon.timeouts.grace_ms
+    def expect_home(self, ms: int) -> None:
+        """Another node is to take the lease: leave it the time for that."""
+        self._expected_until_ms = now_ms() + ms
 
     async def follow(self) -> None:
         """Connect, again and again, until there is a home; take the lease where the home is dead or gave it up."""
@@ -234,7 +237,7 @@ class ClientRole:
         if int(fields["slot"]) == daemon.slot:
             daemon.spawn(daemon.take_home(fields))
             return
-        self.expect_home()
+        self.expect_home(daemon.timeouts.grace_ms)
         daemon.spawn(self.follow())
 
     def home_announced(self, slot: int, epoch: int) -> None:
@@ -271,6 +274,12 @@ class ClientRole:
         if self._conn is None or self._conn.closed or self._closed:
             return
         stamp_ms = now_ms()
+        if self._welcomed is None and stamp_ms - self._heard_ms > self._daemon.timeouts.lease_ms:
+            # A connection that was cut says nothing by itself. Perhaps there is another home since, or could be.
+            conn = self._conn
+            conn.abort()
+            self._on_lost(conn, IoFailure(f"the home has been silent for {stamp_ms - self._heard_ms} ms"))
+            return
         self._asked_ms.append(stamp_ms)
         self._conn.send(FrameType.LEASE, pack_lease(stamp_ms), epoch=self._daemon.epoch)
         delay_s = self._daemon.timeouts.renewal_ms / 2000
@@ -282,6 +291,7 @@ class ClientRole:
         if stamp_ms not in self._asked_ms or lease_ms > daemon.timeouts.lease_ms:
             log.warning("a lease that we did not ask for", lease_ms=lease_ms, stamp_ms=stamp_ms)
             return
+        self._heard_ms = max(self._heard_ms, now_ms())
         daemon.client_lease_until_ms = max(daemon.client_lease_until_ms, stamp_ms + lease_ms)
         daemon._tell_lease()
 

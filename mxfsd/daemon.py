@@ -127,6 +127,7 @@ class Daemon:
         self._exclusive_fd = -1
         self._lower: Lower | None = None
         self._disk_away = False
+        self._stepping_down = False
         self._lower_left: asyncio.Future[None] | None = None
         self._moving = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -522,7 +523,9 @@ class Daemon:
         if self.stopping is None or not self.stopping.done():
             self.home_slot = target
             self.client = ClientRole(self)
-            self.client.expect_home()
+            # A home that is cut off leaves the lease to others for longer than they need to find out.
+            times = self.timeouts
+            self.client.expect_home(times.grace_ms if target else 2 * times.node_dead_ms)
             self.spawn(self.client.follow())
         return True
 
@@ -570,10 +573,19 @@ class Daemon:
 
     def _cut_off(self) -> None:
         """Most others cannot be reached, though they live: it is this node that is cut off. Let one of them be home."""
-        if self._moving.locked() or self.home is None:
+        if self._stepping_down or self._moving.locked() or self.home is None:
             return
         log.error("most nodes cannot be reached although they live: giving the home up")
-        self.spawn(self.move_home(0))
+        self._stepping_down = True
+        self.spawn(self._step_down())
+
+    async def _step_down(self) -> None:
+        try:
+            await self.move_home(0)
+        except MisuseError as exc:
+            log.info("not given up", reason=str(exc))
+        finally:
+            self._stepping_down = False
 
     def _hold_device(self) -> bool:
         """Open the device exclusively, so that nobody mounts it by hand here."""

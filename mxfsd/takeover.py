@@ -252,7 +252,8 @@ class Succession:
         for slot in sorted(self.awaited):
             if slot == daemon.slot:
                 daemon.fail("our own FUSE layer did not say what it holds within the grace period")
-            elif daemon.members is not None:
+            elif daemon.members is not None and slot in daemon.peers:
+                # Whoever is not heard is the membership's business: it may be this node that is cut off.
                 daemon.members.late(slot)
 
     def _later(self, effects: list[Effect]) -> None:

@@ -107,4 +107,8 @@ def test_who_does_not_say_what_it_holds_is_put_out_when_the_grace_period_is_over
     daemon.succession._grace_until_ms = 0
     daemon.succession.reclaimed(3)
     daemon.succession.tick()
+    assert members.slots == []  # it is not connected: perhaps nobody can be heard here
+    peers: Any = {2: None}
+    daemon.peers = peers
+    daemon.succession.tick()
     assert members.slots == [2] and not daemon.serving
