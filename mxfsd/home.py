@@ -324,6 +324,10 @@ class HomeService:
         for task, context in list(self._running.items()):
             if not context.executed:
                 task.cancel()
+        # Those that only wait for a lock to send with their reply go without: its holder may be dead.
+        for future in self._req_waits.values():
+            if not future.done():
+                future.set_result((LockMode.NL, 0))
         while self._running:
             await asyncio.wait(list(self._running))
 
@@ -381,6 +385,8 @@ class HomeService:
 
     async def _cached_lock(self, context: _Context, ino: int, mode: LockMode) -> bool:
         """Get the node a cached lock to send with the reply; False where a holder keeps what conflicts."""
+        if self.frozen:
+            return False
         self._op_ids += 1
         req_id = self._op_ids | INTERNAL_REQ
         future: asyncio.Future[tuple[LockMode, int]] = asyncio.get_running_loop().create_future()
@@ -394,6 +400,8 @@ class HomeService:
         finally:
             del self._req_waits[req_id]
         if got == LockMode.NL:
+            if self.frozen:
+                self._run_effects(self.master.cancel(self.now(), context.node, req_id))
             return False
         await self.commit_before(ino, context.node)
         context.grants.append(Grant(ino, int(got), seq))

@@ -656,3 +656,16 @@ def test_names_that_lead_elsewhere_are_refused(name: bytes) -> None:
 def test_too_much_data_is_refused() -> None:
     with pytest.raises(PeerError, match="WRITE carries"):
         check_request(Request(Op.WRITE, 0, 0, 0, 0, [1, 1, 0, 0, b"x" * ((1 << 20) + 1)]))
+
+
+async def test_freeze_does_not_wait_for_a_lock_that_goes_with_a_reply(home: Home, lower: GatedLower, base: Fid) -> None:
+    # Seen: the home's own FUSE layer was killed, and answered no blocking AST: the home could not leave for 10 s.
+    assert (await home.do(A, Op.LOOKUP, *base, b"none", want_lock=True)).grants  # its own lock on the folder is gone
+    home.silent = {HOME}
+    made = home.start(A, Op.MKDIR, *base, b"made", 0o755, want_lock=True)
+    await until(lambda: home.service._req_waits)
+    async with asyncio.timeout(20):
+        await home.service.freeze()
+    outcome = await made
+    assert outcome.errno == 0 and [grant.ino for grant in outcome.grants] == [base.ino]
+    assert home.idle()
