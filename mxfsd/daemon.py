@@ -6,6 +6,7 @@ from every node what it holds, and only then serves.
 """
 
 import asyncio
+import errno
 import fcntl
 import os
 import signal
@@ -171,6 +172,10 @@ class Daemon:
         await reattach.start_fuse(self, tuple(kernel))
         if self.fencing.warning:
             log.warning(self.fencing.warning)
+        # A new incarnation tells the others that the one before has ended, its lower mount too: that must be so.
+        if not await self._unmounted():
+            left = "perhaps by what is left of an earlier mount: end that first"
+            raise IoFailure(f"{self.device} is in use on this host, {left}", errno.EBUSY)
         last = self.identity.last_incarnation
         joiner = Joiner(self.identity.node.bytes, self.name, pr_key=self.fencing.key, last_incarnation=last)
         self.held = await asyncio.to_thread(self.lockspace.claim_slot, joiner, self.timeouts)
