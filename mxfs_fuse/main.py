@@ -419,7 +419,9 @@ class Server:
     def _maybe_reopen(self) -> None:
         """After a lapse: go on once the home is heard again and nothing old is left in the kernel."""
         state = self.state
-        if not self._lapsed or state is None or now_ms() >= state.lease_until_ms - state.lease_margin_ms:
+        if not self._lapsed or self._frozen or state is None:
+            return  # (frozen: nothing is cached again before we go on, whatever is left of the lease)
+        if now_ms() >= state.lease_until_ms - state.lease_margin_ms:
             return
         if not all(work.done() for work in self._drops):
             return
