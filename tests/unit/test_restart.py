@@ -1,5 +1,5 @@
 """A daemon dies under a live mount: its successors, the hand-shake with the FUSE layer, and what the lower mount took
-with it. Nothing is mounted here; tests/lab/test_restart.py has the real thing."""
+with it. Nothing is mounted here; tests/lab/test_daemon_restart.py has the real thing."""
 
 import asyncio
 import errno
