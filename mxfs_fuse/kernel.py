@@ -40,6 +40,24 @@ def open_abort(device: int) -> int:
         os.close(control)
 
 
+def unlimit_background(device: int) -> None:
+    """Have the kernel hand over every request at once, of the FUSE mount whose st_dev is *device*. Raises OSError.
+
+    By default it keeps read-ahead back while 12 such requests are unanswered, with the folios locked that they are to
+    fill: a drop of the caches would wait for requests that nobody has heard of yet.
+    """
+    control = libc.mount_virtual("fusectl")
+    try:
+        for name in ("max_background", "congestion_threshold"):
+            fd = os.open(f"{os.minor(device)}/{name}", os.O_WRONLY | os.O_CLOEXEC, dir_fd=control)
+            try:
+                os.write(fd, b"65535")
+            finally:
+                os.close(fd)
+    finally:
+        os.close(control)
+
+
 class KernelNotifier:
     """Sends notifications; safe from any thread."""
 

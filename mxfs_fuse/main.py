@@ -15,7 +15,7 @@ import pyfuse3
 import pyfuse3.asyncio
 import structlog
 
-from mxfs_fuse.kernel import KernelNotifier, fuse_device_fd, open_abort
+from mxfs_fuse.kernel import KernelNotifier, fuse_device_fd, open_abort, unlimit_background
 from mxfs_fuse.loss import LowerEnd
 from mxfs_fuse.nextdaemon import NextDaemon
 from mxfs_fuse.nodes import Node
@@ -169,6 +169,7 @@ class Server:
             set_readahead(self._args.mountpoint)
             # In a thread, as it asks the mount that this one serves.
             mount = await loop.run_in_executor(None, os.stat, self._args.mountpoint)
+            unlimit_background(mount.st_dev)
             self._handed = [device, self._listed.fd, open_abort(mount.st_dev)]
             if self._conn is not None:
                 self._conn.send(FrameType.FUSE_READY, [pack_json({"pid": os.getpid()})], fds=self._handed)
