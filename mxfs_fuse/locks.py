@@ -20,7 +20,7 @@ from mxfsd.io.clock import now_ms
 log = structlog.get_logger(__name__)
 
 PAGE = 4096
-_THREADS = 32
+_THREADS = 256
 _STUCK_S = 0.002
 
 
@@ -299,14 +299,10 @@ class LockClient:
 
         The gate is closed, so none that comes meanwhile is answered; one that was under way to a home that died is
         answered only when the lock is held again. Either may have locked what a pass waits for; what lies behind that
-        is dropped by another pass, which leaves it out. A WRITE may have folios too that are not locked: what a pass
-        comes to of them is dropped.
+        is dropped by another pass, which leaves it out.
         """
         gaps: list[tuple[int, int]] | None = None
         passes: set[asyncio.Task[None]] = set()
-        if node.writes:
-            waiting = {**node.in_flight, **node.serving}
-            self._pass(node.fid.ino, _gaps({n: span for n, span in waiting.items() if n not in node.writes}))
         while True:
             now = _gaps({**node.in_flight, **node.serving})
             if now != gaps:
