@@ -52,6 +52,7 @@ _RECLAIM_ROWS = 50_000
 _CONNECT_TRIES = 200
 _CONNECT_S = 0.02
 _COMMIT_S = 10.0
+_DROP_MS = 500
 
 
 class Resume(NamedTuple):
@@ -92,6 +93,7 @@ class Server:
         self._lapsed = False
         self._leaving: asyncio.Task[None] | None = None
         self._drops: list[asyncio.Future[None]] = []
+        self._reopen_ms = 0
         self._frozen = True
         self._listed = CacheList()
         Node.listed = self._listed
@@ -425,7 +427,12 @@ class Server:
         if now_ms() >= state.lease_until_ms - state.lease_margin_ms:
             return
         if not all(work.done() for work in self._drops):
-            return
+            # A pass may wait for a folio of a request that only comes when others are answered: it ends behind them.
+            self._reopen_ms = self._reopen_ms or now_ms() + _DROP_MS
+            if now_ms() < self._reopen_ms:
+                return
+            log.warning("a drop of caches waits for requests: they go on")
+        self._reopen_ms = 0
         self._listed.set_dropped(False)
         self._lapsed = False
         self._drops = []
