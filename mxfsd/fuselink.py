@@ -268,8 +268,8 @@ class FuseLink:
     # -- sending ---------------------------------------------------------------------------------------------------
 
     def record(self, record: Record) -> None:
-        """Send a lock or state message over netlink."""
-        if self._netlink is not None:
+        """Send a lock or state message over netlink. To a FUSE layer that has ended nothing is sent: its pidfd tells."""
+        if self._netlink is not None and self._netlink.is_open:
             self._netlink.send(record)
 
     def frame(

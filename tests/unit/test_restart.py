@@ -191,6 +191,24 @@ async def test_an_older_fuse_layer_is_welcomed_and_asked_what_it_holds(tmp_path:
         both.close()
 
 
+async def test_nothing_is_sent_to_a_fuse_layer_whose_socket_is_gone(tmp_path: Path) -> None:
+    """Its end is told a moment later; what an operation of another node sends it meanwhile is no error of that one."""
+    both = Link(tmp_path)
+    try:
+        adopting = asyncio.create_task(both.adopt())
+        await until(lambda: (tmp_path / "daemon.sock").exists())
+        both.dial(node=3, incarnation=7)
+        await adopting
+        both.link.welcome({"node": 3, "epoch": 5, "home": 1})
+        both.netlink.close()
+        for _ in range(3):  # the first finds out
+            both.link.record(RecoveryStart(5, 1))
+        await asyncio.sleep(0)
+        both.link.record(RecoveryStart(5, 1))
+    finally:
+        both.close()
+
+
 async def test_a_fuse_layer_that_does_not_come_or_has_ended(tmp_path: Path) -> None:
     both = Link(tmp_path)
     try:
