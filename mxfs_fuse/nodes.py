@@ -19,6 +19,7 @@ Waiting: TypeAlias = tuple[int, int, asyncio.Future[None]]
 _NO_SPANS: Mapping[int, Span] = MappingProxyType({})
 _NO_WRITES: Mapping[int, Waiting] = MappingProxyType({})
 _NONE_LATE: frozenset[int] = frozenset()
+_NO_OPENS = (0, 0)
 
 
 class Revocation:
@@ -51,47 +52,66 @@ class Revocation:
 class Node:
     """An inode that the kernel has looked up (``nlookup`` > 0) or has open.
 
-    There may be very many, most of them idle: what only a busy one needs is made when it is needed.
+    There may be very many, most of them idle. So what only a busy one needs is an attribute of the class at first, and
+    one of its own, in a dict that is made for it, when it is set.
     """
 
     listed: ClassVar[CacheList | None] = None
     """Where inodes with pages in the kernel are listed for whoever has to drop them when this process is dead."""
 
     __slots__ = (
+        "__dict__",
         "_attr",
-        "_in_flight",
         "_may_have_pages",
-        "_writes",
         "attr_seq",
-        "batch",
-        "batch_flags",
-        "behind",
-        "behind_error",
         "cached_writers",
         "changes",
         "confirmed",
-        "end",
-        "end_seq",
         "fid",
-        "first_write",
-        "late",
-        "misses",
-        "names",
-        "names_seq",
-        "names_whole",
         "nlookup",
-        "no_capability_seq",
         "opens_r",
         "opens_w",
         "privileged",
-        "refilled",
         "registered",
-        "removing",
-        "revocation",
-        "_serving",
-        "_left_out",
-        "settled",
     )
+
+    # -- directories
+    names: Names | None = None
+    names_seq = -1
+    names_whole = False
+    """``names`` has every entry: a name that is not in it does not exist."""
+    misses = 0
+    """Lookups in this directory that went to the home under the present lock."""
+
+    # -- what was written
+    no_capability_seq = -1
+    """Grant sequence of the lock under which security.capability was seen not to be set."""
+    batch: list[tuple[int, bytes]] | None = None
+    batch_flags = 0
+    """Small WRITEs that go to the home together, when the ones before are confirmed, and their WriteFlag."""
+    behind = 0
+    """WRITEs answered to the application that the home has not confirmed yet (only under EX)."""
+    behind_error = 0
+    """errno of one that failed, for the next write, fsync or close."""
+    settled: asyncio.Event | None = None
+    end = 0
+    """Size of the file in bytes, where ``end_seq`` is the sequence of the EX lock that is held."""
+    end_seq = -1
+
+    # -- upcalls under way, and pages that are dropped
+    _in_flight: dict[int, Span] | None = None
+    _writes: dict[int, Waiting] | None = None
+    late = _NONE_LATE
+    """Those of them that came during a revocation and wait for it: they are answered where it waits for them."""
+    first_write = False
+    """No WRITE has come since the last invalidation: the next one may be older than that, and than READs since."""
+    refilled = False
+    """A READ was answered since the last invalidation and before a WRITE came."""
+    _serving: dict[int, Span] | None = None
+    _left_out = _NONE_LATE
+    revocation: Revocation | None = None
+    removing: asyncio.Future[None] | None = None
+    """Its last name may be going away just now: opens wait."""
 
     def __init__(self, fid: Fid) -> None:
         self.fid = fid
@@ -102,48 +122,16 @@ class Node:
         self._attr: bytes | None = None  # packed, it takes a third of the memory
         self.attr_seq = -1
         """Grant sequence of the PR (or stronger) lock that ``attr`` was read under."""
-        self.names: Names | None = None
-        self.names_seq = -1
-        self.names_whole = False
-        """``names`` has every entry: a name that is not in it does not exist."""
-        self.misses = 0
-        """Lookups in this directory that went to the home under the present lock."""
-        self.no_capability_seq = -1
-        """Grant sequence of the lock under which security.capability was seen not to be set."""
-        self.batch: list[tuple[int, bytes]] | None = None
-        self.batch_flags = 0
-        """Small WRITEs that go to the home together, when the ones before are confirmed, and their WriteFlag."""
-        self.behind = 0
-        """WRITEs answered to the application that the home has not confirmed yet (only under EX)."""
-        self.behind_error = 0
-        """errno of one that failed, for the next write, fsync or close."""
-        self.settled: asyncio.Event | None = None
-        self.end = 0
-        """Size of the file in bytes, where ``end_seq`` is the sequence of the EX lock that is held."""
-        self.end_seq = -1
         self.opens_r = 0
         self.opens_w = 0
         self.cached_writers = 0
         self.changes = 0
         """Begins and ends of this node's own shipped changes: what was asked before one is not kept after it."""
-        self.registered = (0, 0)
+        self.registered = _NO_OPENS
         """The open counts that the master was told last."""
         self._may_have_pages = False
         self.privileged = False
         """Its mode has set-id bits: a write takes them away."""
-        self._in_flight: dict[int, Span] | None = None
-        self._writes: dict[int, Waiting] | None = None
-        self.late = _NONE_LATE
-        """Those of them that came during a revocation and wait for it: they are answered where it waits for them."""
-        self.first_write = False
-        """No WRITE has come since the last invalidation: the next one may be older than that, and than READs since."""
-        self.refilled = False
-        """A READ was answered since the last invalidation and before a WRITE came."""
-        self._serving: dict[int, Span] | None = None
-        self._left_out = _NONE_LATE
-        self.revocation: Revocation | None = None
-        self.removing: asyncio.Future[None] | None = None
-        """Its last name may be going away just now: opens wait."""
 
     @property
     def may_have_pages(self) -> bool:
@@ -235,7 +223,7 @@ class Node:
     @property
     def opens(self) -> tuple[int, int]:
         """Descriptors open for reading, for writing."""
-        return (self.opens_r, self.opens_w)
+        return (self.opens_r, self.opens_w) if self.opens_r or self.opens_w else _NO_OPENS
 
     def expect_old_write(self) -> None:
         """Pages were dropped just now."""
@@ -244,10 +232,11 @@ class Node:
     def forget_cached(self) -> None:
         """Drop what was read under a lock that is no longer held."""
         self.attr = None
-        self.names = None
-        self.names_whole = False
-        self.misses = 0
-        self.no_capability_seq = -1
+        if self.__dict__:
+            self.names = None
+            self.names_whole = False
+            self.misses = 0
+            self.no_capability_seq = -1
 
     async def settle(self) -> None:
         """Wait until the home has confirmed every WRITE."""
