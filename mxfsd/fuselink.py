@@ -268,7 +268,7 @@ class FuseLink:
     # -- sending ---------------------------------------------------------------------------------------------------
 
     def record(self, record: Record) -> None:
-        """Send a lock or state message over netlink. To a FUSE layer that has ended nothing is sent: its pidfd tells."""
+        """Send a lock or state message over netlink; to a FUSE layer that has ended nothing is sent."""
         if self._netlink is not None and self._netlink.is_open:
             self._netlink.send(record)
 

@@ -55,6 +55,7 @@ _MAY_KEEP, _UNASKED, _RECLAIM = int(LockFlag.MAY_KEEP), int(LockFlag.UNASKED), i
 
 PASS_LIMIT = 4
 """So many conversions may go ahead of a waiter that came before them."""
+_STAMP_MS = 100
 
 
 def _by_node(hold: Hold) -> int:
@@ -82,6 +83,7 @@ class LockMaster:
         self._seq = first_seq - 1
         self._grace = False
         self._served = False
+        self._stamped_ms = 0
         self.basts = 0
         """BASTs sent, the repeated ones not counted."""
         self.grants = 0
@@ -156,7 +158,7 @@ class LockMaster:
         if rec is None:
             return out
         self._set_opens(rec, node, opens)
-        hold = rec.held.get(node)
+        hold = rec.hold_of(node)
         sent = rec.basts.get(node) if rec.basts else None
         if hold is None or hold.seq != seq:
             if hold is not None and sent is not None and sent.seq == hold.seq:
@@ -165,7 +167,7 @@ class LockMaster:
                 out.append(Bast(node, ino, hold.seq, sent.mode, FLAGS[sent.flags]))
         else:
             if mode is _NL:
-                rec.held.pop(node)
+                rec.pop(node)
             elif COVERS[hold.mode][mode]:
                 hold.mode = mode
             if sent is not None:
@@ -183,7 +185,7 @@ class LockMaster:
                 return out
             rec = self._make(ino, now_ms)
             self._set_opens(rec, node, opens)
-            implicit = rec.held.get(self._home) if self._home is not None else None
+            implicit = rec.hold_of(self._home) if self._home is not None else None
             if implicit is not None:  # it would let the home open the file without asking
                 self.basts += 1
                 out.append(Bast(implicit.node, ino, implicit.seq, _EX, FLAGS[0]))
@@ -217,7 +219,7 @@ class LockMaster:
         if self._blocked(rec, waiter):
             out.append(Deny(node, 0, ino, EBUSY))
         else:
-            old = rec.held.get(node)
+            old = rec.hold_of(node)
             hold = self._hold(rec, node, mode if old is None else JOIN[old.mode][mode], now_ms)
             self.grants += 1
             flags = FLAGS[self._others(rec, node) | _RECLAIM]
@@ -277,7 +279,7 @@ class LockMaster:
         rec = self._records.get(ino)
         if rec is None or node == self._home:
             return _NL, 0
-        hold = rec.held.get(node)
+        hold = rec.hold_of(node)
         target = mode if hold is None else JOIN[hold.mode][mode]
         waiter = Waiter(node, 0, 0, target, _ALT, None, now_ms)
         if target is _NL or self._blocked(rec, waiter):
@@ -301,7 +303,7 @@ class LockMaster:
         """
         out: list[Effect] = []
         for rec in list(self._records.values()):
-            touched = rec.held.pop(node) is not None
+            touched = rec.pop(node) is not None
             if rec.opens and rec.opens.pop(node, None) is not None:
                 rec.opens = rec.opens or None
                 touched = True
@@ -323,7 +325,7 @@ class LockMaster:
         out: list[Effect] = []
         for rec in list(self._waiting.values()):
             for node, sent in (rec.basts or {}).items():
-                hold = rec.held.get(node)
+                hold = rec.hold_of(node)
                 if sent.kept or hold is None or COMPATIBLE[sent.mode][hold.mode]:
                     continue
                 if now_ms - sent.sign_ms >= self._bast_ms:
@@ -367,13 +369,13 @@ class LockMaster:
         rec = self._records.get(ino)
         if rec is None:
             return _EX if node == self._home else _NL
-        hold = rec.held.get(node)
+        hold = rec.hold_of(node)
         return _NL if hold is None else hold.mode
 
     def seq_of(self, node: int, ino: int) -> int:
         """Return the sequence of the node's recorded lock, 0 where it has none."""
         rec = self._records.get(ino)
-        hold = rec.held.get(node) if rec is not None else None
+        hold = rec.hold_of(node) if rec is not None else None
         return hold.seq if hold is not None else 0
 
     def holders(self, ino: int) -> dict[int, LockMode]:
@@ -405,22 +407,28 @@ class LockMaster:
         self._seq += 1
         return self._seq
 
+    def _stamp(self, now_ms: int) -> int:
+        """The time for a lock's age, the same number for all of 100 ms: a number each would take memory."""
+        if now_ms - self._stamped_ms >= _STAMP_MS:
+            self._stamped_ms = now_ms
+        return self._stamped_ms
+
     def _make(self, ino: int, now_ms: int) -> Record:
         rec = self._records[ino] = Record(ino)
         self._served = not self._grace
         if self._home is not None and not self._grace:
-            rec.held.put(Hold(self._home, _EX, self._next(), now_ms))
+            rec.put(Hold(self._home, _EX, self._next(), self._stamp(now_ms)))
         return rec
 
     def _hold(self, rec: Record, node: int, mode: LockMode, now_ms: int) -> Hold:
-        hold = rec.held.get(node)
+        hold = rec.hold_of(node)
         if hold is None:
-            hold = Hold(node, mode, self._next(), now_ms)
-            rec.held.put(hold)
+            hold = Hold(node, mode, self._next(), self._stamp(now_ms))
+            rec.put(hold)
         else:
             hold.mode = mode
             hold.seq = self._next()
-            hold.at_ms = now_ms
+            hold.at_ms = self._stamp(now_ms)
         return hold
 
     def _set_opens(self, rec: Record, node: int, opens: Opens, register: bool = True) -> None:
@@ -455,7 +463,7 @@ class LockMaster:
     def _blocked(rec: Record, waiter: Waiter) -> bool:
         """Return whether a lock that is held, cached or by an operation, conflicts with *waiter*."""
         node = waiter.node
-        own = rec.held.get(node)
+        own = rec.hold_of(node)
         mode = waiter.mode if own is None or waiter.op_id else JOIN[own.mode][waiter.mode]
         row = COMPATIBLE[mode]
         for hold in rec.held:
@@ -477,7 +485,7 @@ class LockMaster:
                 self._serve(rec, waiter, now_ms, out)
                 self._maybe_drop(rec, now_ms, out)
             return
-        own = rec.held.get(waiter.node)
+        own = rec.hold_of(waiter.node)
         if waiter.op_id:
             called_back = rec.basts is not None and waiter.node in rec.basts
             passes = own is not None and (called_back or COVERS[own.mode][waiter.mode])
@@ -499,7 +507,7 @@ class LockMaster:
 
     @staticmethod
     def _is_conversion(rec: Record, waiter: Waiter) -> bool:
-        return not waiter.op_id and waiter.node in rec.held
+        return not waiter.op_id and rec.hold_of(waiter.node) is not None
 
     def _queue(self, rec: Record, waiter: Waiter, place: int) -> None:
         if rec.queue is None:
@@ -540,7 +548,7 @@ class LockMaster:
     def _call_back(self, rec: Record, waiter: Waiter, now_ms: int, out: list[Effect]) -> bool:
         """Send the BASTs that *waiter* needs; return True when it should go uncached instead of waiting."""
         alt = bool(waiter.flags & (_ALT | _OPEN))
-        own = rec.held.get(waiter.node)
+        own = rec.hold_of(waiter.node)
         mode = waiter.mode if own is None or waiter.op_id else JOIN[own.mode][waiter.mode]
         flags = _MAY_KEEP if alt or COMPATIBLE[_PW][mode] else 0
         waiting = False
@@ -576,7 +584,7 @@ class LockMaster:
             out.append(OpGranted(waiter.op_id, node, rec.ino))
             return
         others = self._others(rec, node)
-        own = rec.held.get(node)
+        own = rec.hold_of(node)
         whole = mode if own is None else JOIN[own.mode][mode]
         if others and waiter.flags & (_OPEN | _ALT):
             # A writer caches only where no other node has the file open. (For ALT that is said of the whole mode: such
@@ -613,7 +621,7 @@ class LockMaster:
             if node != home or home is None:
                 return
         if home is not None:
-            own = rec.held.get(home)
+            own = rec.hold_of(home)
             if own is None or own.mode is not _EX:
                 if linger and self._linger_ms:
                     self._lingering.setdefault(rec.ino, now_ms + self._linger_ms)

@@ -1,6 +1,5 @@
 """What the lock master keeps of a resource, and the views of it that ``mxfs locks`` prints (pure)."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -34,43 +33,6 @@ class Hold:
         self.mode = mode
         self.seq = seq
         self.at_ms = at_ms
-
-
-class Holders:
-    """The cached locks of a resource, by node. There are very many resources, with one or two locks each: dicts would
-    take 110 bytes more for each."""
-
-    __slots__ = ("_row",)
-
-    def __init__(self) -> None:
-        self._row: tuple[Hold, ...] = ()
-
-    def get(self, node: int) -> Hold | None:
-        """Return the node's lock, None where it has none."""
-        for hold in self._row:
-            if hold.node == node:
-                return hold
-        return None
-
-    def put(self, hold: Hold) -> None:
-        """Add the lock of a node that has none."""
-        self._row += (hold,)
-
-    def pop(self, node: int) -> Hold | None:
-        """Remove the node's lock and return it, None where it has none."""
-        gone = self.get(node)
-        if gone is not None:
-            self._row = tuple(hold for hold in self._row if hold is not gone)
-        return gone
-
-    def __iter__(self) -> Iterator[Hold]:
-        return iter(self._row)
-
-    def __contains__(self, node: int) -> bool:
-        return self.get(node) is not None
-
-    def __len__(self) -> int:
-        return len(self._row)
 
 
 class Waiter:
@@ -107,17 +69,38 @@ class Sent:
 
 
 class Record:
-    """What the master knows of one resource. Absent from ``held`` = NL; None stands for an empty container."""
+    """What the master knows of one resource. Absent from ``held`` = NL; None stands for an empty container.
+
+    There are very many, with one or two locks each: a tuple takes the least memory for these.
+    """
 
     __slots__ = ("basts", "held", "ino", "opens", "ops", "queue")
 
     def __init__(self, ino: int) -> None:
         self.ino = ino
-        self.held = Holders()
+        self.held: tuple[Hold, ...] = ()
         self.opens: dict[int, Opens] | None = None
         self.ops: dict[int, tuple[int, LockMode]] | None = None
         self.queue: list[Waiter] | None = None
         self.basts: dict[int, Sent] | None = None
+
+    def hold_of(self, node: int) -> Hold | None:
+        """Return the node's lock, None where it has none."""
+        for hold in self.held:
+            if hold.node == node:
+                return hold
+        return None
+
+    def put(self, hold: Hold) -> None:
+        """Add the lock of a node that has none."""
+        self.held += (hold,)
+
+    def pop(self, node: int) -> Hold | None:
+        """Remove the node's lock and return it, None where it has none."""
+        gone = self.hold_of(node)
+        if gone is not None:
+            self.held = tuple(hold for hold in self.held if hold is not gone)
+        return gone
 
 
 @dataclass(frozen=True, slots=True)

@@ -112,7 +112,7 @@ class IgnoresOperations(LockMaster):
 class HonoursStaleReleases(LockMaster):
     def release(self, now_ms: int, node: int, ino: int, seq: int, mode: LockMode, opens: Opens) -> list[Effect]:
         rec = self._records.get(ino)
-        hold = rec.held.get(node) if rec is not None else None
+        hold = rec.hold_of(node) if rec is not None else None
         return super().release(now_ms, node, ino, hold.seq if hold is not None else seq, mode, opens)
 
 

@@ -437,9 +437,9 @@ def test_opens_unknown_to_a_new_master_cost_the_home_its_implicit_lock() -> None
 
 def test_snapshot_shows_holders_waiters_and_ages() -> None:
     dlm = master()
-    dlm.request(10, 1, 1, 7, EX, OPEN, (0, 1))
-    dlm.op_request(20, 2, 5, 7, PR)
-    (view,) = dlm.snapshot(30)
+    dlm.request(1010, 1, 1, 7, EX, OPEN, (0, 1))  # ages of locks held are right to 100 ms
+    dlm.op_request(1020, 2, 5, 7, PR)
+    (view,) = dlm.snapshot(1030)
     assert [(h.node, h.mode, h.age_ms) for h in view.holders] == [(1, EX, 20)]
     assert [(w.node, w.mode, w.age_ms, w.op_id) for w in view.waiters] == [(2, PR, 10, 5)]
     assert view.opens == ((1, (0, 1)),)
