@@ -136,13 +136,14 @@ class LockClient:
         elif isinstance(record, LockBast):
             self.basts += 1
             node = self._nodes.get(record.ino)
+            ino = node.fid.ino if node is not None else record.ino  # one number for all: each takes 32 bytes
             if node is not None and self.cache.data_mode(record.ino) < LockMode.PW and self.holds_data(node):
                 # Dropped with the lease, but answered writes may still be on their way to the home: they come first.
                 task = asyncio.get_running_loop().create_task(self._bast_after(node, record))
                 self._tasks.add(task)
                 task.add_done_callback(self._revoked)
                 return
-            self.run(self.cache.on_bast(now, record.ino, record.seq, record.mode, record.flags))
+            self.run(self.cache.on_bast(now, ino, record.seq, record.mode, record.flags))
         elif isinstance(record, LockDeny):
             if record.req_id == 0:
                 self.claim_denied(record.ino)
