@@ -24,8 +24,8 @@ class Watch:
 
     Key 0 is the lease, 1.. are the slots. An unreadable record is "unchanged": a write in progress looks like that.
     The age is counted from the end of the first read that showed the present value to the start of the last read, so
-    it is never too long. If the observer itself had a gap in its reads, the disk may have been away for everybody, and
-    all ages start anew, so that an outage does not make everyone dead at once.
+    it is never too long. If the observer itself had a gap in its reads, or a read that hung, the disk may have been
+    away for everybody, and all ages start anew, so that an outage does not make everyone dead at once.
     """
 
     def __init__(self, gap_ms: int) -> None:
@@ -37,7 +37,7 @@ class Watch:
 
     def observe(self, snap: Snapshot) -> None:
         """Take note of one read; reads come in the order of time."""
-        if self._last is not None and snap.began_ms - self._last.ended_ms > self._gap_ms:
+        if self._last is not None and snap.ended_ms - self._last.ended_ms > self._gap_ms:
             self._since = dict.fromkeys(self._since, snap.ended_ms)
         self._last = snap
         lease = snap.lease

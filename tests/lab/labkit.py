@@ -190,9 +190,15 @@ class Lab:
 
 
 @contextlib.contextmanager
-def running_lab(count: int = 3, size: str = "2G", timeouts: str = "fast", fencing: str = "lease") -> Iterator[Lab]:
-    """Yield a lab in a folder of its own; taking it down is part of the test, so its failure is one."""
-    folder = scratch_dir("mxfs-lab-")
+def running_lab(
+    count: int = 3, size: str = "2G", timeouts: str = "fast", fencing: str = "lease", folder: Path | None = None
+) -> Iterator[Lab]:
+    """Yield a lab in a folder of its own; taking it down is part of the test, so its failure is one.
+
+    *folder*: in this one, which has a disk.img perhaps, and is the caller's to remove.
+    """
+    kept = folder is not None
+    folder = folder or scratch_dir("mxfs-lab-")
     try:
         lab = Lab(folder, count, size, timeouts, fencing)
     except (LabError, subprocess.TimeoutExpired):
@@ -208,4 +214,5 @@ def running_lab(count: int = 3, size: str = "2G", timeouts: str = "fast", fencin
         except (LabError, subprocess.TimeoutExpired) as broken:
             raise LabError(f"{broken}\n{lab.logs()}") from broken
     # Kept when anything failed above: the image and the logs are the evidence.
-    shutil.rmtree(folder, ignore_errors=True)
+    if not kept:
+        shutil.rmtree(folder, ignore_errors=True)

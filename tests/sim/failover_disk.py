@@ -37,6 +37,9 @@ class Host:
     number: int
     key: int = 0
     away: bool = False
+    hangs: bool = False
+    """While the disk is away, a read that begins ends when it is back (as I/O without a time limit does), not in an
+    error."""
     slow: int = 0
     alive: bool = True
 
@@ -159,6 +162,12 @@ class Disk:
                 seen[1] = tuple(self.slots)
 
         def ended() -> None:
+            if host.away and host.hangs:
+                engine.at(10, ended, proc=proc)
+                return
+            if host.hangs and clock() - began > length:
+                sample(True)
+                sample(False)
             if host.away or self.refuses(host.key) or seen[1] is None:
                 engine.at(self.world.timeouts.heartbeat_ms // 2, then, None, proc=proc)
             else:

@@ -454,6 +454,15 @@ def test_own_gap_starts_all_ages_anew() -> None:
     assert watch.age_ms(1) == 1000
 
 
+def test_a_read_that_hung_starts_all_ages_anew() -> None:
+    """It began before the outage and ended after it: what it shows did not move because nobody could write."""
+    watch = Watch(5000)
+    watch.observe(snap(0, 0, 1))
+    watch.observe(snap(1000, 20_000, 1))
+    watch.observe(snap(20_250, 20_260, 1))
+    assert watch.age_ms(1) == 250
+
+
 # --- keeping ------------------------------------------------------------------------------------------------------
 
 

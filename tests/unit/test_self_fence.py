@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 from diskimage import FakeClock, loop_device, make_image, open_lockspace
-from hangfs import hanging_disk
 from xfsdisk import IMAGE_BYTES, xfs_device
 
 from mxfs_proto.errors import IoFailure, MisuseError
@@ -27,6 +26,7 @@ from mxfsd.io import libc
 from mxfsd.io.clock import now_ms
 from mxfsd.io.heartbeat_client import BeatReport, HeartbeatClient, HeartbeatEvent
 from mxfsd.io.lockspace import Lockspace
+from tests.hangfs import hanging_disk
 
 T = Timeouts.named("fast")
 JOINER = Joiner(b"m" * 16, "me", 5)
