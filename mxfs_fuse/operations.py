@@ -24,7 +24,7 @@ from mxfs_fuse.loss import may_be_redone
 from mxfs_fuse.nodes import DirHandle, Handle, Node
 from mxfs_fuse.state import State, is_down
 from mxfs_proto.errors import MxfsError
-from mxfs_proto.ops import NO_FID, Attr, Entry, Fid, Grant, Op, Valid, unpack_entries
+from mxfs_proto.ops import NO_FID, Attr, Entry, Fid, Grant, Op, Valid, unpack_attr, unpack_entries
 from mxfsd.io.lower import Lower
 
 log = structlog.get_logger(__name__)
@@ -658,18 +658,19 @@ class Operations(pyfuse3.Operations):
         if self._rename_here(old, name_old, new, name_new, flags):
             return
         state.own_change(old, new)
-        changes = (old.changes, new.changes)
+        changes, all_changes = (old.changes, new.changes), state.changes
         victim = self._promise(new, name_new) if not flags else None
         known = victim.fid if victim is not None else NO_FID
         moved = old.names.get(name_old) if old.names is not None else None
         try:
-            grants, (*kept, renamed, replaced, links, old_after, new_after) = await state.link.ship(
+            grants, (*kept, renamed, replaced, links, attr, old_after, new_after) = await state.link.ship(
                 Op.RENAME,
                 ctx.uid,
                 ctx.gid,
                 (*old.fid, name_old, *new.fid, name_new, flags, *known),
                 want_lock=True,
             )
+            alone = state.changes == all_changes
         finally:
             self._promise_over(victim)
         self._dir_changed(old, changes[0], old_after, grants)
@@ -684,6 +685,9 @@ class Operations(pyfuse3.Operations):
             if moved is not None:
                 self._name_changed(new, name_new, moved, grants)
         self._attr_changed(renamed, replaced)
+        node = state.nodes.get(renamed)
+        if attr and alone and node is not None:
+            state.remember_attr(node, unpack_attr(attr), grants, node.changes)
         self._link_lost(links)
         self._keep_orphan(Fid(*kept))
 

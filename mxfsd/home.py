@@ -29,6 +29,7 @@ from mxfs_proto.ops import (
     Request,
     Valid,
     WriteFlag,
+    pack_attr,
     pack_entries,
     pack_error,
     pack_reply,
@@ -193,8 +194,10 @@ class Outcome(NamedTuple):
         return pack_reply(self.op, self.grants, self.values)
 
     def to_keep(self) -> bytes:
-        """The reply for a repetition. It carries no locks: they would be grants of another time."""
-        return b"".join(self._replace(grants=[]).parts())
+        """The reply for a repetition. It carries no locks: they would be grants of another time; and of RENAME not what
+        is good under a lock only: such an outcome would not fit its inode any more."""
+        values = [*self.values[:5], b"", *self.values[6:]] if self.op is Op.RENAME and self.values else self.values
+        return b"".join(self._replace(grants=[], values=values).parts())
 
 
 class HomeService:
@@ -648,11 +651,11 @@ class HomeService:
         if replaced is not None:
             self._gone(replaced, keep)
         also = [attr.ino for attr in (source, target) if attr is not None]
+        moved = pack_attr(self.lower.getattr(Fid(source.ino, source.gen))) if c.want_lock else b""
         after = [self.lower.getattr(old), self.lower.getattr(new)]
-        values = self._end(c, [*self._kept(keep), source.ino, *lost, *after], new, old.ino, *also)
-        c.grant(o_ino, LockMode.PR)
-        if n_ino != o_ino:
-            c.grant(n_ino, LockMode.PR)
+        values = self._end(c, [*self._kept(keep), source.ino, *lost, moved, *after], new, old.ino, *also)
+        for ino in sorted({o_ino, n_ino, source.ino}):
+            c.grant(ino, LockMode.PR)
         return values
 
     async def _create(self, c: _Context, ino: int, gen: int, name: bytes, mode: int, flags: int) -> list[Any]:

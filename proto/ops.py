@@ -157,7 +157,7 @@ REPLIES: dict[Op, tuple[str, ...]] = {
     Op.UNLINK: (*_OBJ, "Q", "I", "A"),  # the object, where it is kept as an orphan (else 0, 0); inode, links before
     Op.RMDIR: ("A",),
     # orphan; the inode that was renamed, the one replaced, links of that before
-    Op.RENAME: (*_OBJ, "Q", "Q", "I", "A", "A"),
+    Op.RENAME: (*_OBJ, "Q", "Q", "I", "v", "A", "A"),
     Op.CREATE: ("I", "A", "A"),  # 1: the file was there already
     Op.READ: ("v",),
     Op.WRITE: ("Q", "I"),  # offset it was placed at, bytes written

@@ -237,5 +237,5 @@ def reply_values(intent: Intent, now: Now) -> Sequence[Any]:
     if op is Op.UNLINK:
         return [*kept, before.first.ino, before.number, *now.parents]
     if op is Op.RENAME:
-        return [*kept, before.first.ino, before.second.ino, before.number, *now.parents]
+        return [*kept, before.first.ino, before.second.ino, before.number, b"", *now.parents]
     return [*now.parents]

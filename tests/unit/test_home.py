@@ -15,7 +15,19 @@ from homekit import HOME, A, B, GatedLower, Home, fid_of, turns, until
 from mxfs_proto.errors import PeerError
 from mxfs_proto.lockflags import LockFlag
 from mxfs_proto.modes import LockMode
-from mxfs_proto.ops import NO_FID, REQUESTS, Fid, Op, Request, Valid, WriteFlag, pack_writes, unpack_entries
+from mxfs_proto.ops import (
+    NO_FID,
+    REQUESTS,
+    Fid,
+    Op,
+    Request,
+    Valid,
+    WriteFlag,
+    pack_writes,
+    unpack_attr,
+    unpack_entries,
+    unpack_reply,
+)
 from mxfsd.core.dlm import LockMaster
 from mxfsd.core.timeouts import Timeouts
 from mxfsd.home import Frozen, LowerFailed, check_request
@@ -507,10 +519,22 @@ async def test_rename_over_a_file_open_elsewhere(home: Home, lower: GatedLower, 
     await home.do(B, Op.WRITE, *write(victim, b"victim"))
     home.open_at(B, victim, 0, 1)
     outcome = await home.do(A, Op.RENAME, *base, b"old", *base, b"new", 0, *victim)
-    assert outcome.values == [*victim, source.ino, victim.ino, 1, lower.getattr(base), lower.getattr(base)]
+    directory = lower.getattr(base)
+    assert outcome.values == [*victim, source.ino, victim.ino, 1, b"", directory, directory]
     assert lower.orphans() == [victim]
     assert (await home.do(B, Op.READ, *victim, 0, 9)).values == [b"victim"]
     assert fid_of((await home.do(B, Op.LOOKUP, *base, b"new")).values[0]) == source
+
+
+async def test_rename_tells_what_is_known_of_the_object_under_the_lock_that_comes_with_it(
+    home: Home, lower: GatedLower, base: Fid
+) -> None:
+    source = await home.make(A, base, b"old")
+    outcome = await home.do(A, Op.RENAME, *base, b"old", *base, b"new", 0, *NO_FID, want_lock=True)
+    assert unpack_attr(outcome.values[5]) == lower.getattr(source)
+    assert {base.ino, source.ino} == {grant.ino for grant in outcome.grants}
+    kept = unpack_reply(Op.RENAME, outcome.to_keep())[2]
+    assert kept == [*outcome.values[:5], b"", *outcome.values[6:]]
 
 
 async def test_other_names_and_directories_are_not_kept(home: Home, lower: GatedLower, base: Fid) -> None:

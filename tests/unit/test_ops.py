@@ -27,7 +27,7 @@ CASES: dict[Op, tuple[list[Any], list[Any]]] = {
     Op.LINK: ([*OBJ, 5, 6, b"second"], [ATTR, DIR_ATTR]),
     Op.UNLINK: ([*OBJ, b"n" * 255, *ops.NO_FID], [9, 1, 9, 1, DIR_ATTR]),
     Op.RMDIR: ([*OBJ, b"dir"], [DIR_ATTR]),
-    Op.RENAME: ([*OBJ, b"old", 8, 9, b"new", 1, 10, 11], [1, 2, 3, 4, 5, ATTR, DIR_ATTR]),
+    Op.RENAME: ([*OBJ, b"old", 8, 9, b"new", 1, 10, 11], [1, 2, 3, 4, 5, ops.pack_attr(ATTR), DIR_ATTR, DIR_ATTR]),
     Op.CREATE: ([*OBJ, b"file", 0o644, 0o300], [1, ATTR, DIR_ATTR]),
     Op.READ: ([*OBJ, 1 << 40, 4096], [b"\0" * 4096]),
     Op.WRITE: ([*OBJ, 1 << 40, 3, b"data"], [1 << 40, 4]),

@@ -160,12 +160,12 @@ CASES: list[tuple[Request, Before, Now, Step, list[Any] | None]] = [
     (request(Op.RMDIR, *DIR, b"n"), Before(OBJ), Now(attr(mode=A_DIR)), Step.FORGET, None),
     (request(Op.RMDIR, *DIR, b"n"), Before(OBJ), Now(), Step.KEEP, []),
     (RENAME, Before(OBJ), Now(attr()), Step.FORGET, None),
-    (RENAME, Before(OBJ), Now(None, attr()), Step.KEEP, [0, 0, 200, 0, 0]),
+    (RENAME, Before(OBJ), Now(None, attr()), Step.KEEP, [0, 0, 200, 0, 0, b""]),
     (RENAME, Before(OBJ, OTHER, 1), Now(attr(), attr(OTHER)), Step.FORGET, None),
-    (RENAME, Before(OBJ, OTHER, 1), Now(None, attr()), Step.KEEP, [0, 0, 200, 201, 1]),
-    (RENAME, Before(OBJ, OTHER, 1, BeforeFlag.KEPT), Now(None, attr()), Step.KEEP, [201, 8, 200, 201, 1]),
+    (RENAME, Before(OBJ, OTHER, 1), Now(None, attr()), Step.KEEP, [0, 0, 200, 201, 1, b""]),
+    (RENAME, Before(OBJ, OTHER, 1, BeforeFlag.KEPT), Now(None, attr()), Step.KEEP, [201, 8, 200, 201, 1, b""]),
     (RENAME, Before(OBJ, OTHER, 1, BeforeFlag.KEPT), Now(attr(), attr(OTHER, nlink=2)), Step.FORGET, None),
-    (RENAME, Before(OBJ, OTHER, 2), Now(attr(OTHER), attr()), Step.KEEP, [0, 0, 200, 201, 2]),  # exchanged
+    (RENAME, Before(OBJ, OTHER, 2), Now(attr(OTHER), attr()), Step.KEEP, [0, 0, 200, 201, 2, b""]),  # exchanged
     (RENAME, Before(OBJ, OBJ, 2), Now(attr(nlink=2), attr(nlink=2)), Step.FORGET, None),  # two names of one
     (request(Op.SETATTR, *OBJ, 1, 0, 0, 0, 0, 0, 0), Before(), Now(), Step.REDO, None),
     (request(Op.SETXATTR, *OBJ, b"user.a", b"v", 0), Before(), Now(), Step.REDO, None),

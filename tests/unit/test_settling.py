@@ -234,7 +234,7 @@ def test_records_of_ordinary_operations_stay_in_their_inode_and_are_cheap(lower:
     records = recover(lower)[0].records
     asked = request(Op.RENAME, *base, b"o" * 40, *base, b"n" * 40, 0, *NO_FID)
     attr = lower.getattr(base)
-    reply = b"".join(pack_reply(Op.RENAME, [], [0, 0, 1, 2, 3, attr, attr]))
+    reply = b"".join(pack_reply(Op.RENAME, [], [0, 0, 1, 2, 3, b"", attr, attr]))
     assert len(reply) + 40 <= SHORT
     best = 1e9
     for n in range(300):
