@@ -312,3 +312,10 @@ class ClientRole:
         if self._conn is None:
             raise IoFailure("the home is not reachable just now")
         self._conn.send(FrameType.MOVE, pack_json({"slot": target}), epoch=self._daemon.epoch)
+
+    def ask_evict(self, slot: int, incarnation: int) -> None:
+        """Ask the home to put a node out. Raises IoFailure without a connection."""
+        if self._conn is None:
+            raise IoFailure("the home is not reachable just now")
+        fields = {"slot": slot, "incarnation": incarnation}
+        self._conn.send(FrameType.EVICT, pack_json(fields), epoch=self._daemon.epoch)

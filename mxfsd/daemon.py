@@ -57,10 +57,10 @@ from mxfsd.io.lower import Lower
 from mxfsd.io.peers import PeerConnection, PeerServer
 from mxfsd.io.xfsknobs import bound_replay
 from mxfsd.members import Members
+from mxfsd.operators import Operators
 from mxfsd.options import MountOptions
 from mxfsd.pr.errors import Preempted
 from mxfsd.pr.reservations import Standing
-from mxfsd.report import locks_report, status_report
 from mxfsd.settling import recover_sessions
 from mxfsd.takeover import Succession
 
@@ -200,7 +200,7 @@ class Daemon:
         addresses = tuple(Address(host, bound[0][1]) for host in own_addresses(self.options.iface))
         await self.heartbeat.set_addresses(addresses)
         await self._start_finder(keys, addresses[0])
-        self.control = ControlServer(self.run_dir / "control.sock", self._handlers())
+        self.control = ControlServer(self.run_dir / "control.sock", Operators(self).handlers())
         await self.control.start()
         await self._settle()
         await self.heartbeat.set_state(SlotState.ACTIVE)
@@ -386,7 +386,7 @@ class Daemon:
         if self.ending:
             return  # it is this daemon that shuts it down, with a flush
         try:
-            self._crash_lower()
+            self.crash_lower()
         except OSError as exc:
             log.warning("the lower mount cannot be shut down", reason=str(exc))
         self.fail(reason)
@@ -665,6 +665,10 @@ class Daemon:
             self.succession.reclaimed(slot)
         elif frame.type is FrameType.MOVE:
             self.spawn(self._asked_to_move(conn, int(unpack_json(frame.payload)["slot"])))
+        elif frame.type is FrameType.EVICT:
+            if self.members is not None:
+                fields = unpack_json(frame.payload)
+                self.members.evict(int(fields["slot"]), int(fields["incarnation"]))
         elif frame.type is FrameType.LEAVE:
             if self.members is not None:
                 self.members.left(slot, conn.identity.incarnation)
@@ -819,7 +823,7 @@ class Daemon:
             self.spawn(reattach.end_without_heartbeat(self, f"{event.name}: {event.reason}"))
         elif event.name in ("slot_lost", "lease_lost"):
             log.error("this node is out", event_name=event.name, reason=event.reason)
-            self._crash_lower()
+            self.crash_lower()
             self.fail(f"{event.name}: {event.reason}")
         elif event.name == "lower_down":
             log.error("the lower mount was shut down", reason=event.reason)
@@ -859,7 +863,7 @@ class Daemon:
                 log.warning("the reservation could not be looked at", reason=str(exc))
                 continue
             if standing is Standing.PREEMPTED:
-                self._crash_lower()
+                self.crash_lower()
                 self.refused("another node has fenced this one: its registration on the disk is gone")
                 return
 
@@ -898,55 +902,7 @@ class Daemon:
         lease = snap.lease
         return self.home is None or (lease is not None and (lease.owner_uuid, lease.incarnation) == ours)
 
-    # -- operators -------------------------------------------------------------------------------------------------
-
-    def _handlers(self) -> dict[str, Any]:
-        return {
-            "status": self._status,
-            "locks": self._locks,
-            "home-move": self._command_move,
-            "stop": self._command_stop,
-            "crash-lower": self._command_crash,
-        }
-
-    async def _status(self, _request: dict[str, Any]) -> dict[str, Any]:
-        return status_report(self)
-
-    async def _locks(self, _request: dict[str, Any]) -> dict[str, Any]:
-        return locks_report(self)
-
-    async def _command_move(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Move the home to the node named; returns when the new home serves."""
-        wanted = str(request.get("node", ""))
-        assert self.heartbeat is not None and self.heartbeat.report is not None
-        found = [v for v in self.heartbeat.report.slots.values() if wanted in (v.name, str(v.slot))]
-        live = [v for v in found if v.state is SlotState.ACTIVE]
-        if not live:
-            raise MisuseError(f"no active node {wanted!r} in this volume: see mxfs status")
-        target = live[0].slot
-        if target == self.home_slot:
-            return {"home": live[0].name, "epoch": self.epoch}
-        before = self.epoch
-        if self.home is not None:
-            if not await self.move_home(target):
-                raise IoFailure("called off: a process still holds files of the lower mount", 16)
-        elif self.client is not None:
-            self.client.ask_move(target)
-        deadline = now_ms() + self.timeouts.lock_wait_ms
-        while not (self.serving and self.epoch > before and self.home_slot == target):
-            if now_ms() > deadline:
-                raise IoFailure(f"the home did not arrive at {wanted}: see the log", 110)
-            await asyncio.sleep(0.01)
-        return {"home": live[0].name, "epoch": self.epoch}
-
-    async def _command_stop(self, _request: dict[str, Any]) -> dict[str, Any]:
-        self.stop("asked to stop")
-        return {}
-
-    async def _command_crash(self, _request: dict[str, Any]) -> dict[str, Any]:
-        return {"crashed": self._crash_lower()}
-
-    def _crash_lower(self) -> bool:
+    def crash_lower(self) -> bool:
         """Shut the lower XFS down without a log flush (XFS_IOC_GOINGDOWN), as a power failure would."""
         if self.home is None or self.home.lower.mount_fd < 0:
             return False

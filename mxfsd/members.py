@@ -117,6 +117,11 @@ class Members:
         """The grace period is over and a node has not said what it holds, though it may be heard."""
         self._run(self._membership.put_out(slot, Reason.LATE))
 
+    def evict(self, slot: int, incarnation: int) -> None:
+        """An operator has this incarnation of a node put out; nothing where it takes no part (any more)."""
+        if self._membership.incarnation(slot) == incarnation:
+            self._run(self._membership.put_out(slot, Reason.OPERATOR))
+
     def report(self, report: BeatReport) -> None:
         """The slots were read."""
         self._views = dict(report.slots)

@@ -72,6 +72,7 @@ class FrameType(IntEnum):
     FUSE_BYE = 19
     PING = 20
     PONG = 21
+    EVICT = 22
 
 
 JSON_TYPES: Final = frozenset(
@@ -83,6 +84,7 @@ JSON_TYPES: Final = frozenset(
         FrameType.RESUME,
         FrameType.RECLAIM_DONE,
         FrameType.MOVE,
+        FrameType.EVICT,
         FrameType.LEAVE,
         FrameType.STATUS_REQ,
         FrameType.STATUS_RESP,

@@ -1,7 +1,7 @@
 """``mxfs``: the operator's command. Each subcommand imports what it needs, so that none waits for the others.
 
-``status``, ``locks`` and ``home move`` talk to the daemons of this host through the control sockets under the run root:
-``--run-dir``, else the environment variable MXFS_RUN_ROOT, else /run/mxfs.
+``status``, ``locks``, ``home move`` and ``evict`` talk to the daemons of this host through the control sockets under
+the run root: ``--run-dir``, else the environment variable MXFS_RUN_ROOT, else /run/mxfs.
 """
 
 import argparse
@@ -44,6 +44,10 @@ def parser() -> argparse.ArgumentParser:
     move.add_argument("node", metavar="NODE", help="name or slot number")
     move.add_argument("--volume", help="uuid, label, device or mount point (needed if several are mounted here)")
     move.add_argument("--run-dir", metavar="DIR", help="where the run directories are (default /run/mxfs)")
+    evict = add("evict", "put a node out by hand: fence it and give its locks to others (mount again there)")
+    evict.add_argument("node", metavar="NODE", help="name or slot number")
+    evict.add_argument("--volume", help="uuid, label, device or mount point (needed if several are mounted here)")
+    evict.add_argument("--run-dir", metavar="DIR", help="where the run directories are (default /run/mxfs)")
     add("lab", "a cluster on this machine, to try things out: mxfs lab --help")
     install = add("install", "link mount.mxfs, mkfs.mxfs and mxfs into the system, install the systemd unit")
     uninstall = add("uninstall", "remove what mxfs install made")
@@ -89,6 +93,8 @@ def _dispatch(words: list[str]) -> int:
             return _locks(arguments)
         case "home":
             return _move(arguments)
+        case "evict":
+            return _evict(arguments)
         case "install" | "uninstall":
             from mxfsd.cli import install
 
@@ -172,16 +178,30 @@ def _locks(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _move(arguments: argparse.Namespace) -> int:
-    from mxfsd import control
-
+def _one_view(arguments: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
+    """The daemon of the one volume that is meant. Raises MisuseError where there are several."""
     views = _views(arguments)
     if len(views) > 1:
         known = ", ".join(f"{view['volume']} at {view['mountpoint']}" for _, view in views)
         raise MisuseError(f"several volumes are mounted here: say --volume; there are {known}")
-    path, view = views[0]
+    return views[0]
+
+
+def _move(arguments: argparse.Namespace) -> int:
+    from mxfsd import control
+
+    path, view = _one_view(arguments)
     reply = control.request(path, "home-move", MOVE_S, node=arguments.node)
     print(f"{view['volume']}: home {reply.get('home', arguments.node)}, epoch {reply.get('epoch', '?')}")
+    return 0
+
+
+def _evict(arguments: argparse.Namespace) -> int:
+    from mxfsd import control
+
+    path, view = _one_view(arguments)
+    reply = control.request(path, "evict", MOVE_S, node=arguments.node)
+    print(f"{view['volume']}: {reply['node']} (slot {reply['slot']}, incarnation {reply['incarnation']}) is put out")
     return 0
 
 

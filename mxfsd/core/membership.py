@@ -59,6 +59,7 @@ class Reason(Enum):
     REPLACED = "a new incarnation of it came"
     LATE = "it did not say what it holds"
     UNREACHABLE = "it cannot be reached"
+    OPERATOR = "an operator said so"
 
 
 class SlotSays(Enum):

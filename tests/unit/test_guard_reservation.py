@@ -49,7 +49,7 @@ class Node:
     def _resume_all(self) -> None:
         self.events.append("resume")
 
-    def _crash_lower(self) -> None:
+    def crash_lower(self) -> None:
         self.events.append("crash")
 
     def refused(self, _reason: str) -> None:
