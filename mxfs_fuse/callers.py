@@ -1,11 +1,39 @@
 """Who waits: the kernel cannot interrupt a request that this process has taken, so a wait looks after its caller.
 
 A request that the FUSE server has read is waited for without signals (fuse_simple_request, fs/fuse/dev.c), until it is
-answered; pyfuse3 does not hand FUSE_INTERRUPT on. So who waits at the gate asks now and then whether the calling thread
-has a fatal signal pending, and is answered EINTR then, which nobody sees.
+answered. FUSE_INTERRUPT tells of the first signal only, which need not be a fatal one, and pyfuse3 does not hand it on.
+So who waits at the gate asks now and then whether the calling thread has a fatal signal pending, and is answered EINTR
+then, which nobody sees. What any signal may end, a wait for a file lock, waits for the request's `Interrupt` too.
 """
 
+import asyncio
 from contextvars import ContextVar
+
+
+class Interrupt:
+    """Whether the kernel has said that the caller of a request has a signal to handle."""
+
+    __slots__ = ("_waiter", "is_set")
+
+    def __init__(self) -> None:
+        self.is_set = False
+        self._waiter: asyncio.Future[None] | None = None
+
+    def set(self) -> None:
+        """The caller has a signal to handle."""
+        self.is_set = True
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def wait(self) -> None:
+        """Return when the caller has a signal to handle."""
+        if not self.is_set:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+
+
+interrupt: ContextVar[Interrupt | None] = ContextVar("interrupt", default=None)
+"""Of this request; None where the channel is not told of signals."""
 
 caller: ContextVar[int] = ContextVar("caller", default=0)
 """Thread id of the caller of this request; 0 where the kernel's request does not name one to us."""

@@ -253,9 +253,11 @@ class FileIO:
         self.bytes_read += len(data)
         return data
 
-    async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
-        """WRITE upcall."""
+    async def write(self, fh: FileHandleT, off: int, buf: bytes, privileged: bool | None = None) -> int:
+        """WRITE upcall. *privileged*: whoever writes may leave set-id bits alone; None: as who opened the file may."""
         handle = self.handles[fh]
+        if privileged is not None:
+            handle.privileged = privileged
         state = self.state
         again = handle.node.first_write and handle.node.refilled and not handle.direct
         if handle.fd >= 0 and state.gate is None and state.locks.mode(handle.ino) >= _PW and not again:

@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import errno
 import os
 import signal
 import struct
@@ -11,11 +12,10 @@ from collections import deque
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pyfuse3
-import pyfuse3.asyncio
 import structlog
 
-from mxfs_fuse.kernel import KernelNotifier, fuse_device_fd, open_abort, unlimit_background
+from mxfs_fuse import channel
+from mxfs_fuse.kernel import KernelNotifier, open_abort, unlimit_background
 from mxfs_fuse.loss import LowerEnd
 from mxfs_fuse.nextdaemon import NextDaemon
 from mxfs_fuse.nodes import Node
@@ -46,8 +46,6 @@ from mxfsd.io.unixconn import UnixFrameConnection, connect_unix
 
 log = structlog.get_logger(__name__)
 
-_MAX_TASKS = 1 << 20
-"""Upcalls served at once: one that waits for a lock must never keep the one out that the lock's holder needs."""
 _RECLAIM_ROWS = 50_000
 _CONNECT_TRIES = 200
 _CONNECT_S = 0.02
@@ -69,6 +67,7 @@ class Server:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self._args = args
+        self._channel = channel.make(args.channel)
         self._volume = uuid.UUID(args.volume)
         self._conn: UnixFrameConnection | None = None
         self._run_dir = Path(args.socket).parent
@@ -157,25 +156,29 @@ class Server:
         assert self.state is not None and self.operations is not None and self._conn is not None
         while self.state.gate is not None:
             await self.state.gate.wait()
-        options = {f"fsname={self._args.fsname}", "subtype=mxfs", "default_permissions", "allow_other", "dev", "suid"}
+        options = {f"fsname={self._args.fsname}", "default_permissions", "allow_other", "dev", "suid"}
         options.update(word for word in self._args.options.split(",") if word)
-        pyfuse3.asyncio.enable()
-        pyfuse3.init(self.operations, self._args.mountpoint, options)
+        device = self._channel.mount(self.operations, self._args.mountpoint, options)
         try:
-            device = fuse_device_fd()
             kernel = KernelNotifier(device)
             self.state.kernel = self.state.locks.kernel = kernel
             loop = asyncio.get_running_loop()
-            main = loop.create_task(pyfuse3.main(max_tasks=_MAX_TASKS))
-            await self._answers()
+            main = loop.create_task(self._channel.serve())
+            await self._answers(main)
             set_readahead(self._args.mountpoint)
             # In a thread, as it asks the mount that this one serves.
             mount = await loop.run_in_executor(None, os.stat, self._args.mountpoint)
-            unlimit_background(mount.st_dev)
+            if self._channel.limits_background:
+                unlimit_background(mount.st_dev)
             self._handed = [device, self._listed.fd, open_abort(mount.st_dev)]
             if self._conn is not None:
                 self._conn.send(FrameType.FUSE_READY, [pack_json({"pid": os.getpid()})], fds=self._handed)
-            log.info("mounted", mountpoint=self._args.mountpoint, entry_epochs=kernel.has_epoch)
+            log.info(
+                "mounted",
+                mountpoint=self._args.mountpoint,
+                channel=self._args.channel,
+                entry_epochs=kernel.has_epoch,
+            )
             self._serving = True
             ticks = loop.create_task(self._ticks())
             if self._conn is None:
@@ -186,7 +189,7 @@ class Server:
             if self._reattaching is not None:
                 self._reattaching.cancel()
         finally:
-            pyfuse3.close(unmount=True)
+            self._channel.close()
 
     async def _commit(self) -> None:
         """Unmounted: what was written here is durable then, as on any file system."""
@@ -207,9 +210,17 @@ class Server:
             self.state.locks.tick()
             self._dropped()
 
-    async def _answers(self) -> None:
-        """Return when the mount answers: a stat of its root through the kernel, from a thread."""
-        await asyncio.get_running_loop().run_in_executor(None, os.stat, self._args.mountpoint)
+    async def _answers(self, serving: asyncio.Task[None]) -> None:
+        """Return when the mount answers: a stat of its root through the kernel, from a thread. Raises OSError."""
+        answer = asyncio.get_running_loop().run_in_executor(None, os.stat, self._args.mountpoint)
+        await asyncio.wait((answer, serving), return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            raise OSError(errno.EPROTO, "the kernel and the FUSE layer do not agree: mount with channel=pyfuse3")
+        await answer
+
+    def terminate(self) -> None:
+        """End as if unmounted."""
+        self._channel.terminate()
 
     def close(self) -> None:
         """Say good-bye to the daemon."""
@@ -509,14 +520,6 @@ def _is_over(work: asyncio.Future[None]) -> bool:
     return work.done() and not work.cancelled() and work.exception() is None
 
 
-def terminate() -> None:
-    """End pyfuse3's main loop; more than once does no harm."""
-    try:
-        pyfuse3.terminate()
-    except asyncio.InvalidStateError:
-        pass  # pyfuse3 ends waits that have ended
-
-
 def set_readahead(mountpoint: str) -> None:
     """Let the kernel read ahead in requests of 1 MiB: at 128 KiB, its default, a node waits for the home too often."""
     device = os.stat(mountpoint).st_dev
@@ -530,7 +533,7 @@ def set_readahead(mountpoint: str) -> None:
 async def _run(args: argparse.Namespace) -> int:
     server = Server(args)
     loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGTERM, terminate)
+    loop.add_signal_handler(signal.SIGTERM, server.terminate)
     try:
         await server.connect()
         await server.serve()
@@ -552,6 +555,7 @@ def main() -> int:
     parser.add_argument("--volume", required=True)
     parser.add_argument("--fsname", required=True)
     parser.add_argument("--options", default="")
+    parser.add_argument("--channel", default="native", choices=channel.NAMES)
     parser.add_argument("--log", default="info")
     args = parser.parse_args()
     logging.configure(level=args.log)

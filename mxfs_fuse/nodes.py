@@ -259,7 +259,8 @@ class Handle:
         self.append = append
         self.direct = direct
         self.privileged = privileged
-        """Opened by root, whose writes leave set-id bits alone (a WRITE upcall does not say who writes)."""
+        """Its writes leave set-id bits alone: as the last WRITE upcall said, or, where these say nothing, as who opened
+        it may (root)."""
         self.fd = -1
         """Descriptor of the lower file, on the home; -1: not opened yet, or not the home."""
 

@@ -18,6 +18,7 @@ import structlog
 from pyfuse3 import EntryAttributes, FileHandleT, FileInfo, FUSEError, InodeT, RequestContext, SetattrFields
 
 from mxfs_fuse.callers import caller, is_unmounting
+from mxfs_fuse.channel.replies import LibfuseReplies, Replies
 from mxfs_fuse.fileio import FileIO
 from mxfs_fuse.link import OperationError
 from mxfs_fuse.loss import may_be_redone
@@ -45,8 +46,9 @@ def _errno_boundary(operation: Callable[_P, Coroutine[Any, Any, _T]]) -> Callabl
     @functools.wraps(operation)
     async def guarded(*args: _P.args, **kwargs: _P.kwargs) -> _T:
         state = cast(Operations, args[0]).state
-        # Set in any case: pyfuse3 serves one request after the other in the same task.
-        caller.set(args[-1].pid if isinstance(args[-1], RequestContext) else 0)
+        if cast(Operations, args[0]).names_callers:
+            # Set in any case: pyfuse3 serves one request after the other in the same task.
+            caller.set(args[-1].pid if isinstance(args[-1], RequestContext) else 0)
         while True:
             lower = state.lower
             try:
@@ -79,40 +81,30 @@ class Operations(pyfuse3.Operations):
         super().__init__()
         self.state = state
         self.io = FileIO(state)
+        self._replies: Replies = LibfuseReplies()
+        self.names_callers = True
+        """Say ourselves who asks, of the requests that name somebody: a channel of our own does it for all."""
         self._dirs: dict[int, DirHandle] = {}
         self._next_dir = 0
         self._root_attr: Attr | None = None
         """The root's attributes as they were seen last, for umount(8) while operations wait."""
 
+    def use(self, replies: Replies) -> None:
+        """Answer in these types, to a channel of our own, which says who asks."""
+        self._replies = replies
+        self.names_callers = False
+
     # -- replies ---------------------------------------------------------------------------------------------------
 
     def _entry(self, attr: Attr, attr_ttl: float, entry_ttl: float) -> EntryAttributes:
-        entry = EntryAttributes()
-        entry.st_ino = self.state.nodeid_of(attr[0])
-        entry.generation = attr[1]
-        entry.st_mode = cast(Any, attr[2])
-        entry.st_nlink = attr[3]
-        entry.st_uid = attr[4]
-        entry.st_gid = attr[5]
-        entry.st_rdev = attr[6]
-        entry.st_size = attr[7]
-        entry.st_blocks = attr[8]
-        entry.st_blksize = 4096
-        entry.st_atime_ns = attr[9]
-        entry.st_mtime_ns = attr[10]
-        entry.st_ctime_ns = attr[11]
-        entry.attr_timeout = attr_ttl
-        entry.entry_timeout = entry_ttl
-        return entry
+        entry = self._replies.entry(self.state.nodeid_of(attr[0]), attr, attr_ttl, entry_ttl)
+        return cast(EntryAttributes, entry)
 
     def _absent(self, entry_ttl: float) -> EntryAttributes:
         """A negative entry: the kernel remembers that there is no such name."""
         if entry_ttl <= 0:
             raise FUSEError(errno.ENOENT)
-        entry = EntryAttributes()
-        entry.st_ino = 0
-        entry.entry_timeout = entry_ttl
-        return entry
+        return cast(EntryAttributes, self._replies.absent(entry_ttl))
 
     def _looked_up(self, attr: Attr, parent: Node) -> EntryAttributes:
         """The reply to a lookup or creation: the kernel now counts one more reference."""
@@ -342,20 +334,21 @@ class Operations(pyfuse3.Operations):
         return cast(Attr, shipped)
 
     @_errno_boundary
-    async def setxattr(self, inode: InodeT, name: bytes, value: bytes, ctx: RequestContext) -> None:
+    async def setxattr(self, inode: InodeT, name: bytes, value: bytes, ctx: RequestContext, flags: int = 0) -> None:
+        """*flags*: XATTR_CREATE or XATTR_REPLACE. (pyfuse3 looks whether there is one itself.)"""
         state = self.state
         node = state.node(inode)
         if state.gate is not None:
             await state.pass_gate()
         if state.lower is not None and state.may_change(node.fid.ino):
             state.check_writable()
-            state.lower.setxattr(node.fid, name, value, 0)
+            state.lower.setxattr(node.fid, name, value, flags)
             state.changed(node.fid.ino)
             return
         await self.io.writes.before_change(node)
         self.state.own_change(node)
         node.no_capability_seq = -1
-        await state.link.ship(Op.SETXATTR, _ANYBODY, _ANYBODY, (*node.fid, name, value, 0))
+        await state.link.ship(Op.SETXATTR, _ANYBODY, _ANYBODY, (*node.fid, name, value, flags))
         node.no_capability_seq = -1
         self.state.own_change(node)
 
@@ -759,7 +752,7 @@ class Operations(pyfuse3.Operations):
             known = state.nodes.get(attr.ino)
             confirmed = known is not None and known.confirmed
             entry = self._entry(attr, ttl if held and confirmed else 0.0, entry_ttl)
-            if not pyfuse3.readdir_reply(token, name, entry, index + 1):
+            if not self._replies.add(token, name, entry, index + 1):
                 return
             named = node.names.get(name) if node.names is not None else None
             fid = Fid(attr.ino, attr.gen)
@@ -832,8 +825,9 @@ class Operations(pyfuse3.Operations):
         return await self.io.read(fh, off, size)
 
     @_errno_boundary
-    async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
-        return await self.io.write(fh, off, buf)
+    async def write(self, fh: FileHandleT, off: int, buf: bytes, privileged: bool | None = None) -> int:
+        """*privileged*: whoever writes may leave set-id bits as they are. None: the kernel does not say so."""
+        return await self.io.write(fh, off, buf, privileged)
 
     @_errno_boundary
     async def flush(self, fh: FileHandleT) -> None:

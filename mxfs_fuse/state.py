@@ -218,11 +218,14 @@ class State:
             if not tid:
                 await self.gate.wait()
                 continue
+            opened = asyncio.ensure_future(self.gate.wait())
             try:
-                await asyncio.wait_for(self.gate.wait(), LOOK_S)
-            except TimeoutError:
-                if is_dying(tid):
-                    raise OSError(errno.EINTR, "the caller is dying") from None
+                # (Not wait_for(), which from Python 3.12 on wants a task: see mxfs_fuse/channel/native.py.)
+                done, _ = await asyncio.wait((opened,), timeout=LOOK_S)
+            finally:
+                opened.cancel()
+            if not done and is_dying(tid):
+                raise OSError(errno.EINTR, "the caller is dying")
 
     def die(self, reason: str) -> None:
         """This mount is dead: everything that waits, and everything to come, fails with EIO."""

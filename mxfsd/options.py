@@ -20,6 +20,7 @@ TIMEOUT_NAMES = ("fast", "default", "patient")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 FENCING_NAMES = ("auto", "pr", "lease")
+CHANNEL_NAMES = ("native", "pyfuse3")
 
 _OWN = (
     "iface",
@@ -33,6 +34,7 @@ _OWN = (
     "watchdog",
     "node",
     "state",
+    "channel",
     "log",
 )
 
@@ -103,6 +105,8 @@ class MountOptions:
     watchdog: str | None = None
     """A watchdog device that resets this host when it is home and its heartbeats stop (docs/timeouts.md)."""
     state: str | None = None
+    channel: str = ""
+    """How the FUSE layer talks to the kernel (mxfs_fuse/channel); empty: native where the kernel is new enough."""
     log: str = "info"
     kernel: tuple[str, ...] = ()
 
@@ -133,6 +137,8 @@ class MountOptions:
         words.extend(f"peer={peer}" for peer in self.peers)
         words.append(f"timeouts={self.timeouts}")
         words.append(f"fencing={self.fencing}")
+        if self.channel:
+            words.append(f"channel={self.channel}")
         words.append(f"log={self.log}")
         words.extend(self.kernel)
         return ",".join(words)
@@ -217,6 +223,7 @@ def _checked(values: dict[str, str], peers: tuple[str, ...], read_only: bool, ke
         watchdog=watchdog,
         node=node,
         state=state,
+        channel=_one_of("channel", values["channel"], CHANNEL_NAMES) if "channel" in values else "",
         log=_one_of("log", values.get("log", "info"), LOG_LEVELS),
         kernel=kernel,
     )

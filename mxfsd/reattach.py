@@ -48,7 +48,8 @@ async def start_fuse(daemon: "Daemon", kernel_options: tuple[str, ...]) -> None:
     rundir.remember(daemon.run_dir, rundir.DAEMON, os.getpid())
     before = rundir.recall(daemon.run_dir, rundir.FUSE)
     if before is None:
-        await daemon.fuse.start(daemon.mountpoint, kernel_options, daemon.device, daemon.options.log)
+        options = daemon.options
+        await daemon.fuse.start(daemon.mountpoint, kernel_options, daemon.device, options.channel, options.log)
         return
     if (daemon.run_dir / rundir.DEAD).exists():
         raise NothingToServe("the mount is dead: unmount it, and mount again")

@@ -28,6 +28,19 @@ _AT_EMPTY_PATH = 0x1000
 _PR_SET_SECUREBITS = 28
 _SECBIT_NO_SETUID_FIXUP = 1 << 2
 
+MS_RDONLY = 1 << 0
+MS_NOSUID = 1 << 1
+MS_NODEV = 1 << 2
+MS_NOEXEC = 1 << 3
+MS_SYNCHRONOUS = 1 << 4
+MS_DIRSYNC = 1 << 7
+MS_NOATIME = 1 << 10
+MS_NODIRATIME = 1 << 11
+MS_RELATIME = 1 << 21
+MS_STRICTATIME = 1 << 24
+MS_LAZYTIME = 1 << 25
+MNT_DETACH = 2
+
 XFS_HANDLE_TYPE = 0x81
 """FILEID_INO32_GEN with XFS_FILEID_TYPE_64FLAG: the handle is (u64 inode, u32 generation), host byte order."""
 
@@ -81,6 +94,17 @@ def mount_detached(source: str, readonly: bool, *, exclusive: bool = True) -> in
         return os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=mnt)
     finally:
         os.close(mnt)
+
+
+def mount(source: str, target: str, kind: str, flags: int, data: str) -> None:
+    """mount(2); *flags* are MS_*. Raises OSError."""
+    words = [os.fsencode(word) for word in (source, target, kind)]
+    _check(_libc.mount(*words, ctypes.c_ulong(flags), os.fsencode(data)), f"mounting {target}")
+
+
+def umount(target: str, flags: int = 0) -> None:
+    """umount2(2). Raises OSError."""
+    _check(_libc.umount2(os.fsencode(target), flags), f"unmounting {target}")
 
 
 def mount_virtual(kind: str) -> int:

@@ -18,6 +18,8 @@ from typing import Any
 from mxfsd.lab.state import STOPPED, Paths, updating
 
 NATIVE = os.environ.get("MXFS_TEST_NATIVE") == "1"
+CHANNEL = os.environ.get("MXFS_TEST_CHANNEL", "")
+"""Of the nodes to the kernel; empty: what they choose themselves."""
 COMMAND_TIMEOUT_S = 120.0
 
 
@@ -109,7 +111,8 @@ class Lab:
                 path.symlink_to(self._native.root)
         else:
             command = ["lab", "up", str(folder), "--nodes", str(count), "--size", size, "--timeouts", timeouts]
-            self._mxfs([*command, "--fencing", fencing])
+            options = ["-o", f"channel={CHANNEL}"] if CHANNEL else []
+            self._mxfs([*command, "--fencing", fencing, *options])
 
     @property
     def native(self) -> bool:

@@ -368,6 +368,7 @@ async def test_a_request_that_names_nobody_does_not_wait_for_the_caller_before(s
     class Some:
         def __init__(self) -> None:
             self.state = state
+            self.names_callers = True
 
         @operations._errno_boundary
         async def operation(self, *_args: Any) -> int:
@@ -378,6 +379,9 @@ async def test_a_request_that_names_nobody_does_not_wait_for_the_caller_before(s
     caller.set(77)  # as the request before left it: pyfuse3 serves both in one task
     assert await some.operation(1) == 0
     assert await some.operation(1, context) == context.pid
+    some.names_callers = False  # a channel of our own has said who asks, of every request
+    caller.set(77)
+    assert await some.operation(1) == 77
 
 
 def test_umount_is_recognized() -> None:
