@@ -74,10 +74,12 @@ class FileIO:
             cached = state.locks.cache.may_open(ino, writable)
             if not cached:
                 node.registered = node.opens
+                known, losses = state.may_read(ino), state.losses
                 got = await state.locks.want(ino, wanted, _OPEN, node.opens)
                 cached = got >= wanted
-                if state.lower is None:
-                    await state.link.ship(Op.GETATTR, 0, 0, node.fid)  # ESTALE where it was removed meanwhile
+                if state.lower is None and not (known and state.losses == losses):
+                    # Without a lock all the time: ESTALE where it was removed meanwhile.
+                    await state.link.ship(Op.GETATTR, 0, 0, node.fid)
             handle = self._handle(node, flags, uid, writable, cached)
             if state.lower is not None:
                 self._fd(handle)

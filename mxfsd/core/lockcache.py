@@ -39,6 +39,10 @@ _OTHER_WRITER, _RECLAIM = int(LockFlag.OTHER_WRITER), int(LockFlag.RECLAIM)
 
 GIVEN_BACK_KEPT = 8192
 """So many resources given back have their last sequence remembered; the floor stands for those before."""
+HOT_MS = 20
+"""A lock that went down to PR and is called back altogether so soon after goes all the way at once the next times,"""
+HOT_FOR_MS = 1000
+"""for so long: then it is tried anew."""
 FORGET_BATCH = 256
 """So many locks that the kernel forgot are given back at once, or as many as there are at a tick."""
 
@@ -142,6 +146,10 @@ class LockCache:
         self._floor = 0
         self._first_seq = 0
         self._forgotten: dict[int, int] = {}
+        self._lowered: dict[int, int] = {}
+        """When locks went down to PR, the latest last; only those of the last HOT_MS count."""
+        self._hot: dict[int, int] = {}
+        """Until when locks that two nodes hand to and fro, reading first, go all the way."""
         self._req_id = first_req - 1
 
     # -- use -------------------------------------------------------------------------------------------------------
@@ -316,6 +324,8 @@ class LockCache:
             return out
         lock.seq = seq
         target = self._target(ino, lock.mode, mode, flags)
+        if self._lowered or self._hot:
+            target = self._cooled(now_ms, ino, lock.mode, target)
         revoke = self._revokes.get(ino)
         if target is lock.mode and (revoke is None or revoke.state is State.HELD):
             out.append(SendRelease(ino, seq, lock.mode, self._opens_of(ino)))
@@ -368,6 +378,8 @@ class LockCache:
                 lock = self._locks.get(ino)
                 if revoke is None and lock is not None and self._implicit and lock.usable is _EX and not lock.flags:
                     del self._locks[ino]  # implicit says the same
+        for ino in [ino for ino, until_ms in self._hot.items() if now_ms > until_ms]:
+            del self._hot[ino]
         for ino, revoke in list(self._revokes.items()):
             if revoke.state is State.DEFERRED and ino not in self._fresh:
                 self._start(ino, revoke, out)
@@ -516,6 +528,19 @@ class LockCache:
         if not wants:
             del self._wants_of[want.ino]
 
+    def _cooled(self, now_ms: int, ino: int, held: LockMode, target: LockMode) -> LockMode:
+        """Whoever asks for PR opens the file for writing next, where that was so the last time: save the second way."""
+        lowered_ms = self._lowered.pop(ino, None)
+        if target is _NL and lowered_ms is not None and now_ms - lowered_ms <= HOT_MS:
+            self._hot[ino] = now_ms + HOT_FOR_MS
+        until_ms = self._hot.get(ino)
+        if until_ms is None:
+            return target
+        if now_ms > until_ms:
+            del self._hot[ino]
+            return target
+        return _NL if target is _PR and COVERS[held][_PW] else target
+
     def _target(self, ino: int, held: LockMode, wanted: LockMode, flags: LockFlag) -> LockMode:
         """Return what may be kept of *held* beside a waiter for *wanted*."""
         if int(flags) & _MAY_KEEP and COVERS[held][_PW] and self._has_cached_writer(ino):
@@ -570,6 +595,10 @@ class LockCache:
         lock = self._locks[ino]
         self._move(ino, revoke, State.HELD)
         del self._revokes[ino]
+        if revoke.target is _PR:
+            self._lowered[ino] = now_ms
+            while now_ms - next(iter(self._lowered.values())) > HOT_MS:
+                del self._lowered[next(iter(self._lowered))]
         lock.mode = lock.usable = revoke.target
         out.append(SendRelease(ino, lock.seq, lock.mode, self._opens_of(ino)))
         if lock.mode is _NL and not self._implicit:

@@ -330,3 +330,35 @@ def test_change_of_home() -> None:
     cache.drop_all()
     cache.set_implicit(False)
     assert (cache.mode(7), cache.mode(20), cache.mode(21), len(cache)) == (NL, NL, NL, 0)
+
+
+def handed_over(cache: LockCache, now_ms: int, seq: int, *modes: LockMode) -> list[LockMode]:
+    """A BAST for each mode, one after the other, each obeyed at once; what is kept after each."""
+    kept = []
+    for mode in modes:
+        effects = cache.on_bast(now_ms, 7, seq, mode)
+        for effect in effects:
+            if isinstance(effect, Invalidate):
+                cache.invalidated(now_ms, 7)
+        kept.append(cache.mode(7))
+    return kept
+
+
+def test_a_lock_that_is_handed_to_and_fro_goes_all_the_way_at_once() -> None:
+    """The other node looks first (PR) and opens for writing then (EX): the second time one BAST is enough."""
+    cache = LockCache(False)
+    cache.adopt(1000, 7, EX, 10)
+    assert handed_over(cache, 1000, 10, PR, EX) == [PR, NL]
+    cache.adopt(1010, 7, EX, 11)
+    assert handed_over(cache, 1020, 11, PR) == [NL]
+    cache.adopt(1030, 7, EX, 12)
+    assert handed_over(cache, 2100, 12, PR) == [PR], "after a second it is tried anew"
+
+
+def test_a_lock_that_is_read_elsewhere_stays_for_reading() -> None:
+    cache = LockCache(False)
+    cache.adopt(1000, 7, EX, 10)
+    assert handed_over(cache, 1000, 10, PR) == [PR]
+    assert handed_over(cache, 1100, 10, EX) == [NL]  # much later: no pattern
+    cache.adopt(1110, 7, EX, 11)
+    assert handed_over(cache, 1120, 11, PR) == [PR]
