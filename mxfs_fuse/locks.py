@@ -5,14 +5,16 @@ import errno
 import os
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
 
 import structlog
 
 from mxfs_fuse.kernel import KernelNotifier
 from mxfs_fuse.nodes import Node, Revocation, Span
+from mxfs_proto.filelocks import is_resource
 from mxfs_proto.lockflags import LockFlag
 from mxfs_proto.modes import LockMode, covers
-from mxfs_proto.records import LockBast, LockDeny, LockGrant, LockRelease, LockReq, Opens, Record
+from mxfs_proto.records import CacheInval, LockBast, LockDeny, LockGrant, LockRelease, LockReq, Opens, Record
 from mxfsd.core.lockcache import LockCache
 from mxfsd.core.lockeffects import CacheEffect, Invalidate, Later, SendRelease, SendRequest, Wake
 from mxfsd.io.clock import now_ms
@@ -22,6 +24,19 @@ log = structlog.get_logger(__name__)
 PAGE = 4096
 _THREADS = 256
 _STUCK_S = 0.002
+
+
+class FileLockHolder(Protocol):
+    """What the lock client asks of the file locks."""
+
+    async def give_up(self, resource: int) -> None:
+        """Tell the home what was decided here. Raises OSError."""
+
+    def must_tell(self, resource: int) -> bool:
+        """Whether give_up() has something to say."""
+
+    def on_record(self, record: Record) -> None:
+        """Take a wake, or the denial of a claim."""
 
 
 class LockClient:
@@ -60,6 +75,8 @@ class LockClient:
         """Awaited before a lock goes down to a mode: what was written under it must be durable first."""
         self.holds_data: Callable[[Node], bool] = lambda node: bool(node.behind)
         """Whether before_release() has something to do."""
+        self.file_locks: FileLockHolder | None = None
+        """Who looks after the resources that stand for file locks (mxfs_fuse/filelocks.py)."""
         self.claim_denied: Callable[[int], None] = lambda _ino: None
         """Called where a reclaim was denied: another node has the lock."""
 
@@ -131,6 +148,8 @@ class LockClient:
     def on_record(self, record: Record) -> None:
         """Take a lock message from the master."""
         now = now_ms()
+        if self._on_file_lock(record):
+            return
         if isinstance(record, LockGrant):
             self.run(self.cache.on_grant(now, record.req_id, record.ino, record.mode, record.seq, record.flags))
         elif isinstance(record, LockBast):
@@ -148,6 +167,27 @@ class LockClient:
             if record.req_id == 0:
                 self.claim_denied(record.ino)
             self.run(self.cache.on_deny(now, record.req_id, record.ino, record.errno))
+
+    def _on_file_lock(self, record: Record) -> bool:
+        """Take a record about a resource that stands for file locks. False: it is the lock cache's."""
+        holder = self.file_locks
+        if holder is None or not isinstance(record, LockBast | LockDeny | CacheInval) or not is_resource(record.ino):
+            return False
+        if not isinstance(record, LockBast):
+            holder.on_record(record)
+            return True
+        if self.cache.data_mode(record.ino) is not LockMode.NL or not holder.must_tell(record.ino):
+            return False
+        # Dropped with the lease: what was decided under it must be told all the same before the master lets it go.
+        self.basts += 1
+        task = asyncio.get_running_loop().create_task(self._bast_after_telling(holder, record))
+        self._tasks.add(task)
+        task.add_done_callback(self._revoked)
+        return True
+
+    async def _bast_after_telling(self, holder: FileLockHolder, record: LockBast) -> None:
+        await holder.give_up(record.ino)
+        self.run(self.cache.on_bast(now_ms(), record.ino, record.seq, record.mode, record.flags))
 
     def fail_all(self, code: int) -> None:
         """End every wait for a lock with an error: the mount is dead."""
@@ -199,6 +239,11 @@ class LockClient:
 
     async def _revoke(self, ino: int, target: LockMode, revocation: Revocation | None) -> None:
         """Make the kernel drop what *target* does not cover, make local changes durable, then release."""
+        if is_resource(ino):
+            if self.file_locks is not None:
+                await self.file_locks.give_up(ino)
+            self.run(self.cache.invalidated(now_ms(), ino))
+            return
         node = self._nodes.get(ino)
         keeps = covers(target, LockMode.PR)
         if node is not None and node.behind:

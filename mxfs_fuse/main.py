@@ -22,10 +22,12 @@ from mxfs_fuse.nodes import Node
 from mxfs_fuse.operations import Operations
 from mxfs_fuse.state import State
 from mxfs_proto.errors import IoFailure, MxfsError, PeerError
-from mxfs_proto.frames import Frame, FrameType, pack_json, pack_reclaim, unpack_json
+from mxfs_proto.filelocks import pack_tables
+from mxfs_proto.frames import MAX_PAYLOAD, Frame, FrameType, pack_json, pack_reclaim, unpack_json
 from mxfs_proto.ondisk import volume_id
 from mxfs_proto.ops import Fid
 from mxfs_proto.records import (
+    CacheInval,
     DaemonReady,
     LockBast,
     LockDeny,
@@ -115,6 +117,7 @@ class Server:
         self.state = State(root, int(fields["kernel_cache_ms"]), bool(fields["readonly"]), self._send_record)
         self.state.on_lower_down = self._lower_is_down
         self.operations = Operations(self.state)
+        self.operations.local_locks = self._args.local_locks
         logging.context.volume = str(self._volume)
         logging.context.node = str(fields["name"])
         self._welcomed(fields)
@@ -369,7 +372,7 @@ class Server:
         if self._held_back is not None:
             self._held_back.append(record)  # RECOVERY_DONE came before the RESUME it belongs to
             return
-        if isinstance(record, LockGrant | LockBast | LockDeny):
+        if isinstance(record, LockGrant | LockBast | LockDeny | CacheInval):
             state.locks.on_record(record)
         elif isinstance(record, NodeStatus):
             self._on_status(record)
@@ -473,17 +476,20 @@ class Server:
     def _reclaim(self, epoch: int) -> None:
         """Every message of the old home has come: say what this node holds and has open."""
         state = self.state
-        assert state is not None
+        assert state is not None and self.operations is not None
         if self._conn is None:
             return  # what the daemon said before it died
         self._freeze()
         state.link.epoch = epoch
         state.locks.reclaim()
         rows = state.held_rows()
+        tables = pack_tables(self.operations.file_locks.reclaim(), MAX_PAYLOAD)
         state.locks.cache.set_implicit(False)
         state.locks.cache.new_epoch(first_seq(epoch))
         for at in range(0, len(rows), _RECLAIM_ROWS):
             self._conn.send(FrameType.RECLAIM, [pack_reclaim(rows[at : at + _RECLAIM_ROWS])], epoch=epoch)
+        for payload in tables:
+            self._conn.send(FrameType.RECLAIM_LOCKS, [payload], epoch=epoch)
         self._conn.send(FrameType.RECLAIM_DONE, [pack_json({"rows": len(rows)})], epoch, state.link.session)
 
     def _go_on(self) -> None:
@@ -513,6 +519,8 @@ class Server:
             self._maybe_reopen()
         else:
             state.open_gate()
+        assert self.operations is not None
+        self.operations.file_locks.resumed()
 
 
 def _is_over(work: asyncio.Future[None]) -> bool:
@@ -556,6 +564,7 @@ def main() -> int:
     parser.add_argument("--fsname", required=True)
     parser.add_argument("--options", default="")
     parser.add_argument("--channel", default="native", choices=channel.NAMES)
+    parser.add_argument("--local-locks", action="store_true")
     parser.add_argument("--log", default="info")
     args = parser.parse_args()
     logging.configure(level=args.log)

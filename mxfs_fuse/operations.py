@@ -20,11 +20,13 @@ from pyfuse3 import EntryAttributes, FileHandleT, FileInfo, FUSEError, InodeT, R
 from mxfs_fuse.callers import caller, is_unmounting
 from mxfs_fuse.channel.replies import LibfuseReplies, Replies
 from mxfs_fuse.fileio import FileIO
+from mxfs_fuse.filelocks import FileLock, FileLocks, held_of
 from mxfs_fuse.link import OperationError
 from mxfs_fuse.loss import may_be_redone
 from mxfs_fuse.nodes import DirHandle, Handle, Node
 from mxfs_fuse.state import State, is_down
 from mxfs_proto.errors import MxfsError
+from mxfs_proto.filelocks import Held
 from mxfs_proto.ops import NO_FID, Attr, Entry, Fid, Grant, Op, Valid, unpack_attr, unpack_entries
 from mxfsd.io.lower import Lower
 
@@ -82,8 +84,11 @@ class Operations(pyfuse3.Operations):
         self.state = state
         self.io = FileIO(state)
         self._replies: Replies = LibfuseReplies()
+        self.local_locks = False
+        """File locks are left to the kernel, which knows those of this node only."""
         self.names_callers = True
         """Say ourselves who asks, of the requests that name somebody: a channel of our own does it for all."""
+        self.file_locks = FileLocks(state)
         self._dirs: dict[int, DirHandle] = {}
         self._next_dir = 0
         self._root_attr: Attr | None = None
@@ -836,6 +841,32 @@ class Operations(pyfuse3.Operations):
     @_errno_boundary
     async def release(self, fh: FileHandleT) -> None:
         await self.io.release(fh)
+
+    # -- file locks ------------------------------------------------------------------------------------------------
+
+    @_errno_boundary
+    async def setlk(self, inode: int, fh: int, lock: FileLock, sleep: bool, ctx: object) -> None:
+        """flock(2), fcntl(2) with F_SETLK or F_SETLKW, F_OFD_SETLK or F_OFD_SETLKW."""
+        await self.file_locks.lock(self.state.node(inode).fid.ino, fh, held_of(lock), sleep)
+
+    @_errno_boundary
+    async def getlk(self, inode: int, fh: int, lock: FileLock, ctx: object) -> Held:
+        """fcntl(2) with F_GETLK: what is in the way of *lock*, or *lock* with type F_UNLCK."""
+        return await self.file_locks.get(self.state.node(inode).fid.ino, held_of(lock))
+
+    @_errno_boundary
+    async def flush_locks(self, fh: int, lock_owner: int) -> None:
+        """A descriptor is closed: its process's POSIX locks of the file end."""
+        handle = self.io.handles.get(fh)
+        if handle is not None:
+            await self.file_locks.closed(handle.ino, lock_owner)
+
+    @_errno_boundary
+    async def release_locks(self, fh: int, lock_owner: int, flock_unlock: bool) -> None:
+        """An open file description is gone, with the locks that are its own. Called before release()."""
+        handle = self.io.handles.get(fh)
+        if handle is not None:
+            await self.file_locks.released(handle.ino, fh, lock_owner, flock_unlock)
 
     @_errno_boundary
     async def fsync(self, fh: FileHandleT, datasync: bool) -> None:

@@ -47,6 +47,8 @@ class State:
         """What this node wrote, while it was not the home, and no home has made durable yet (mxfs_fuse/writes.py)."""
         self.before_forget: Callable[[Node], bool] = lambda _node: False
         """Asked before an inode is forgotten. True: it is forgotten later, its lock is needed still."""
+        self.forgotten: Callable[[int], None] = lambda _ino: None
+        """Called when it is."""
         self.locks = LockClient(self.nodes, send, self._sync_of, self._before_release, self.nodeid_of, self._lock_lost)
         self.lower: Lower | None = None
         self.kernel: KernelNotifier | None = None
@@ -118,6 +120,7 @@ class State:
             node.may_have_pages = False  # they went with the kernel's inode
             if self.lower is None:
                 self.locks.run(self.locks.cache.forget(now_ms(), ino))
+            self.forgotten(ino)
 
     # -- locks -----------------------------------------------------------------------------------------------------
 

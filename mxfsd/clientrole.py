@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 _RETRY_S = 0.05
+_FORWARDED = frozenset({FrameType.OP_REQ, FrameType.RECLAIM, FrameType.RECLAIM_LOCKS, FrameType.RECLAIM_DONE})
 _LEASES_ASKED = 64
 """Stamps of lease requests that are remembered; an answer to an older one would give a lease that has ended."""
 
@@ -304,7 +305,7 @@ class ClientRole:
         """Pass an operation or a reclaim of our FUSE layer on; without a home it is dropped and sent again later."""
         if self._conn is None:
             return
-        if frame.type in (FrameType.OP_REQ, FrameType.RECLAIM, FrameType.RECLAIM_DONE):
+        if frame.type in _FORWARDED:
             self._conn.send(frame.type, frame.payload, epoch=frame.epoch, session=frame.session, seq=frame.seq)
 
     def ask_move(self, target: int) -> None:

@@ -407,7 +407,7 @@ class Daemon:
         assert self.home is not None
         self.serving = True
         self.home.forget_sessions()
-        self.home.run(self.home.master.grace_over(now_ms()))
+        self.home.grace_over()
         self._resume_all()
         self.home.service.reap_all()
         log.info("serving", epoch=self.epoch, took_ms=self.succession.took_ms)
@@ -658,6 +658,8 @@ class Daemon:
             self._lease(conn, unpack_lease(frame.payload))
         elif frame.type is FrameType.RECLAIM:
             home.reclaim(slot, frame)
+        elif frame.type is FrameType.RECLAIM_LOCKS:
+            home.reclaim_locks(slot, frame)
         elif frame.type is FrameType.RECLAIM_DONE:
             home.reclaimed(slot, frame.session)
             if self.serving:
@@ -784,8 +786,11 @@ class Daemon:
                 self.home.on_operation(self.slot, frame)
             elif frame.type is FrameType.RECLAIM:
                 self.home.reclaim(self.slot, frame)
+            elif frame.type is FrameType.RECLAIM_LOCKS:
+                self.home.reclaim_locks(self.slot, frame)
             elif frame.type is FrameType.RECLAIM_DONE:
                 self.home.claim_session(self.slot, frame.session)
+                self.home.reclaimed_locks(self.slot)
                 self.succession.reclaimed(self.slot)
         elif self.client is not None:
             self.client.forward(frame)

@@ -7,7 +7,6 @@ The FUSE layer outlives the daemon: when the daemon dies, it waits for the next 
 import asyncio
 import contextlib
 import os
-import re
 import signal
 import struct
 import subprocess
@@ -32,12 +31,6 @@ log = structlog.get_logger(__name__)
 
 SOCKET_NAME = "daemon.sock"
 _LOST_S = 1.0
-
-
-def default_channel() -> str:
-    """Return the channel to the kernel for hosts that name none: our own, which wants FUSE 7.31 (Linux 5.4)."""
-    release = [int(number) for number in re.findall(r"\d+", os.uname().release)[:2]]
-    return "native" if release >= [5, 4] else "pyfuse3"
 
 
 class FuseLink:
@@ -99,7 +92,14 @@ class FuseLink:
         return int((self._hello or {}).get("node", 0))
 
     async def start(
-        self, mountpoint: str, fuse_options: tuple[str, ...], fsname: str, channel: str, log_level: str
+        self,
+        mountpoint: str,
+        fuse_options: tuple[str, ...],
+        fsname: str,
+        log_level: str,
+        *,
+        channel: str,
+        local_locks: bool,
     ) -> None:
         """Listen, and start the FUSE process: it loads its modules while the daemon joins."""
         self._server = UnixFrameServer(str(self._path), self._on_connection)
@@ -113,7 +113,8 @@ class FuseLink:
             *("--volume", str(self._volume)),
             *("--fsname", fsname),
             *("--options", ",".join(fuse_options)),
-            *("--channel", channel or default_channel()),
+            *("--channel", channel),
+            *(["--local-locks"] if local_locks else []),
             *("--log", log_level),
         ]
         self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)

@@ -38,6 +38,7 @@ from mxfs_proto.ops import (
 from mxfsd.core.dlm import Effect, LockMaster
 from mxfsd.core.outcomes import Before, BeforeFlag, takes_intent
 from mxfsd.io.lower import Lower, kill_priv
+from mxfsd.lockops import FileLockOps
 from mxfsd.oprecords import Key, OpRecords, Slot
 
 INTERNAL_REQ = 1 << 63
@@ -233,9 +234,11 @@ class HomeService:
         self.executed = 0
         self.bytes_read = 0
         self.bytes_written = 0
-        self._handlers: dict[Op, Callable[..., Awaitable[list[Any]]]] = {
-            op: getattr(self, "_" + op.name.lower()) for op in Op
-        }
+        self.file_locks = FileLockOps(self, master)
+        self._handlers: dict[Op, Callable[..., Awaitable[list[Any]]]] = self.file_locks.handlers()
+        for op in Op:
+            if op not in self._handlers:
+                self._handlers[op] = getattr(self, "_" + op.name.lower())
 
     # -- running ---------------------------------------------------------------------------------------------------
 
@@ -361,6 +364,10 @@ class HomeService:
     def op_unlock(self, context: _Context, ino: int) -> None:
         """Give an operation lock back."""
         self._run_effects(self.master.op_release(self.now(), context.op_id, ino))
+
+    def release_pin(self, op_id: int, ino: int) -> None:
+        """End what LockMaster.pin() began."""
+        self._run_effects(self.master.op_release(self.now(), op_id, ino))
 
     def op_granted(self, op_id: int, ino: int) -> None:
         """The master granted an operation lock."""

@@ -1,16 +1,18 @@
 """What a node does while it is the home: master of the locks, shipped operations, and the nodes it serves."""
 
 import asyncio
+import errno
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import structlog
 
 from mxfs_proto.errors import MxfsError, PeerError
+from mxfs_proto.filelocks import resource_of, unpack_tables
 from mxfs_proto.frames import Frame, FrameType, unpack_reclaim
 from mxfs_proto.modes import LockMode
 from mxfs_proto.ops import Op, Request, unpack_request
-from mxfs_proto.records import LockBast, LockDeny, LockGrant, LockRecord, LockRelease, LockReq, Opens
+from mxfs_proto.records import CacheInval, LockBast, LockDeny, LockGrant, LockRecord, LockRelease, LockReq, Opens
 from mxfsd.core.dlm import Effect, LockMaster
 from mxfsd.core.epochs import first_seq
 from mxfsd.core.lockeffects import Bast, BastSilent, Deny, Grant, OpDenied, OpGranted, WaitLong
@@ -25,7 +27,7 @@ log = structlog.get_logger(__name__)
 
 _REPEATABLE = frozenset(
     {Op.LOOKUP, Op.GETATTR, Op.READLINK, Op.READ, Op.READDIR, Op.STATFS, Op.GETXATTR, Op.LISTXATTR, Op.FSYNC, Op.SYNC}
-    | {Op.REAP}
+    | {Op.REAP, Op.LK_SET, Op.LK_TEST, Op.LK_ADOPT, Op.LK_CANCEL}
 )
 """Operations that may run twice: their replies are not kept."""
 
@@ -60,6 +62,8 @@ class HomeRole:
         self.failed = False
         self.master = LockMaster(slot, timeouts, first_seq=first_seq(epoch))
         self.service = HomeService(lower, self.master, now_ms, self.run, readonly, records)
+        self.service.file_locks.on_wake = self._wake
+        self.service.file_locks.connection_of = lambda node: self._connections.get(node, 0)
         self._tasks: set[asyncio.Task[None]] = set()
         self._ordered: dict[tuple[int, int], asyncio.Task[None]] = {}
         self._sessions_of: dict[int, set[int]] = {}
@@ -216,6 +220,26 @@ class HomeRole:
             named.add(row.ino)
             self.run(self.master.reclaim(now, node, row.ino, row.mode, (row.opens_r, row.opens_w)))
 
+    def reclaim_locks(self, node: int, frame: Frame) -> None:
+        """Register again the file locks that a node holds, all of each inode that it names."""
+        for ino, locks in unpack_tables(frame.payload):
+            if not self.service.file_locks.reclaim(node, ino, locks):
+                log.error("file locks of a node are lost: another one has them", peer=node, ino=ino)
+                resource = resource_of(ino)
+                self._to_node(node, resource, LockDeny(0, resource, errno.EBUSY))
+
+    def reclaimed_locks(self, node: int) -> None:
+        """The node has named all its file locks."""
+        self.service.file_locks.reclaimed(node)
+
+    def grace_over(self) -> None:
+        """All nodes have named what they hold: serve."""
+        self.service.file_locks.grace_over()
+        self.run(self.master.grace_over(now_ms()))
+
+    def _wake(self, node: int, ino: int, wait_id: int) -> None:
+        self._send_lock(node, CacheInval(resource_of(ino), wait_id, 0))
+
     def claim_session(self, node: int, session: int) -> None:
         """The node goes on with this session (0: it has none)."""
         if session:
@@ -224,6 +248,7 @@ class HomeRole:
     def reclaimed(self, node: int, session: int = 0) -> None:
         """The node has named everything: what it held before (a connection ago) and did not name, it holds no more."""
         self.claim_session(node, session)
+        self.reclaimed_locks(node)
         named = self._reclaims.pop(node, set())
         now = now_ms()
         for ino in self.master.recorded():
@@ -274,6 +299,8 @@ class HomeRole:
 
     def node_gone(self, node: int) -> None:
         """A node left, or was evicted (after its lease ended): its locks, requests, opens and sessions end."""
+        self._connections[node] = self._connections.get(node, 0) + 1
+        self.service.file_locks.node_gone(node)
         self.run(self.master.node_gone(now_ms(), node))
         for session in self._sessions_of.pop(node, ()):
             self.sessions.drop(session)

@@ -105,6 +105,8 @@ class MountOptions:
     watchdog: str | None = None
     """A watchdog device that resets this host when it is home and its heartbeats stop (docs/timeouts.md)."""
     state: str | None = None
+    local_flocks: bool = False
+    """File locks are kept by the kernel of each node, which knows those of its own processes only."""
     channel: str = ""
     """How the FUSE layer talks to the kernel (mxfs_fuse/channel); empty: native where the kernel is new enough."""
     log: str = "info"
@@ -137,6 +139,8 @@ class MountOptions:
         words.extend(f"peer={peer}" for peer in self.peers)
         words.append(f"timeouts={self.timeouts}")
         words.append(f"fencing={self.fencing}")
+        if self.local_flocks:
+            words.append("localflocks")
         if self.channel:
             words.append(f"channel={self.channel}")
         words.append(f"log={self.log}")
@@ -146,7 +150,7 @@ class MountOptions:
 
 def known_options() -> str:
     """Return the options of our own, for messages."""
-    return "ro, rw, " + ", ".join(f"{name}=" for name in _OWN)
+    return "ro, rw, localflocks, " + ", ".join(f"{name}=" for name in _OWN)
 
 
 def parse(text: str, *, sloppy: bool = False) -> MountOptions:
@@ -158,12 +162,14 @@ def parse(text: str, *, sloppy: bool = False) -> MountOptions:
     values: dict[str, str] = {}
     peers: list[str] = []
     kernel: dict[str, None] = {}
-    read_only = False
+    read_only = local_flocks = False
     last = ""
     for word in (part.strip() for part in text.split(",")):
         name, equals, value = word.partition("=")
         if name in ("ro", "rw") and not equals:
             read_only = name == "ro"
+        elif name == "localflocks" and not equals:
+            local_flocks = True
         elif name in _OWN:
             if not value:
                 _refuse(f"option {name} needs a value: {name}=VALUE")
@@ -181,10 +187,12 @@ def parse(text: str, *, sloppy: bool = False) -> MountOptions:
         elif word and name not in _DROPPED and not name.startswith(("x-", "X-")) and not sloppy:
             _refuse(f"unknown option {word}; known are {known_options()} and those of mount(8)")
         last = name
-    return _checked(values, tuple(peers), read_only, tuple(kernel))
+    return _checked(values, tuple(peers), read_only, local_flocks, tuple(kernel))
 
 
-def _checked(values: dict[str, str], peers: tuple[str, ...], read_only: bool, kernel: tuple[str, ...]) -> MountOptions:
+def _checked(
+    values: dict[str, str], peers: tuple[str, ...], read_only: bool, local_flocks: bool, kernel: tuple[str, ...]
+) -> MountOptions:
     ways = [name for name in ("multicast", "broadcast", "peer") if name in values]
     if len(ways) > 1:
         _refuse(f"options {' and '.join(ways)} exclude each other: nodes find each other in one way")
@@ -202,6 +210,8 @@ def _checked(values: dict[str, str], peers: tuple[str, ...], read_only: bool, ke
         _refuse(f"state={state}: must be an absolute path")
     if state is not None and len(os.fsencode(state)) > STATE_MAX:
         _refuse(f"state={state}: longer than {STATE_MAX} bytes, so that the sockets below it have names that fit")
+    if values.get("channel") == "pyfuse3" and not local_flocks:
+        _refuse("channel=pyfuse3 keeps file locks on each node alone: say localflocks too where that is enough")
     for peer in peers:
         _check_address("peer", peer)
     multicast = values.get("multicast")
@@ -223,6 +233,7 @@ def _checked(values: dict[str, str], peers: tuple[str, ...], read_only: bool, ke
         watchdog=watchdog,
         node=node,
         state=state,
+        local_flocks=local_flocks,
         channel=_one_of("channel", values["channel"], CHANNEL_NAMES) if "channel" in values else "",
         log=_one_of("log", values.get("log", "info"), LOG_LEVELS),
         kernel=kernel,

@@ -8,6 +8,7 @@ again by itself what somebody unmounted meanwhile.
 import asyncio
 import errno
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,12 +19,13 @@ from typing import TYPE_CHECKING, TypeVar
 
 import structlog
 
-from mxfs_proto.errors import MxfsError, Refusal
+from mxfs_proto.errors import MisuseError, MxfsError, Refusal
 from mxfs_proto.ondisk import SlotState
 from mxfsd import mountinfo, rundir
 from mxfsd.core.lease import ENDED
 from mxfsd.guard import LowerGuard
 from mxfsd.io.clock import now_ms
+from mxfsd.options import MountOptions
 
 if TYPE_CHECKING:
     from mxfsd.daemon import Daemon
@@ -42,6 +44,16 @@ class NothingToServe(MxfsError):
     """The mount that this daemon was to go on with is gone: no failure, and no reason to try again."""
 
 
+def channel_of(options: MountOptions) -> str:
+    """Return the channel to the kernel: our own wants FUSE 7.31 (Linux 5.4). Raises MisuseError."""
+    release = [int(number) for number in re.findall(r"\d+", os.uname().release)[:2]]
+    if options.channel or release >= [5, 4]:
+        return options.channel or "native"
+    if not options.local_flocks:
+        raise MisuseError("this kernel is older than Linux 5.4: file locks hold on each node alone, say localflocks")
+    return "pyfuse3"
+
+
 async def start_fuse(daemon: "Daemon", kernel_options: tuple[str, ...]) -> None:
     """Start the FUSE layer, or go on with the one there is. Raises MxfsError."""
     assert daemon.fuse is not None
@@ -49,7 +61,14 @@ async def start_fuse(daemon: "Daemon", kernel_options: tuple[str, ...]) -> None:
     before = rundir.recall(daemon.run_dir, rundir.FUSE)
     if before is None:
         options = daemon.options
-        await daemon.fuse.start(daemon.mountpoint, kernel_options, daemon.device, options.channel, options.log)
+        await daemon.fuse.start(
+            daemon.mountpoint,
+            kernel_options,
+            daemon.device,
+            options.log,
+            channel=channel_of(options),
+            local_locks=options.local_flocks,
+        )
         return
     if (daemon.run_dir / rundir.DEAD).exists():
         raise NothingToServe("the mount is dead: unmount it, and mount again")

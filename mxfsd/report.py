@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from mxfs_proto.filelocks import LAST, WRITE, is_resource
 from mxfs_proto.ondisk import SlotState
 from mxfsd.io.clock import now_ms
 
@@ -68,6 +69,8 @@ def locks_report(daemon: "Daemon") -> dict[str, Any]:
         return {"home": _name(daemon, daemon.home_slot), "resources": [], "here": False}
     resources: list[dict[str, Any]] = []
     for view in daemon.home.master.snapshot(now_ms()):
+        if is_resource(view.ino):
+            continue  # shown as file locks
         if len(resources) >= LOCKS_MAX:
             break
         resources.append(
@@ -90,4 +93,23 @@ def locks_report(daemon: "Daemon") -> dict[str, Any]:
                 "opens": {_name(daemon, node): list(counts) for node, counts in view.opens},
             }
         )
-    return {"home": daemon.name, "resources": resources, "here": True}
+    return {"home": daemon.name, "resources": resources, "file_locks": _file_locks(daemon), "here": True}
+
+
+def _file_locks(daemon: "Daemon") -> list[dict[str, Any]]:
+    """flocks and byte-range locks that the home knows. *alone*: the node decides alone, and may have others."""
+    assert daemon.home is not None
+    return [
+        {
+            "ino": row.ino,
+            "kind": "flock" if row.held.flock else "posix",
+            "type": "write" if row.held.type == WRITE else "read",
+            "start": row.held.start,
+            "end": None if row.held.end == LAST else row.held.end,
+            "node": _name(daemon, row.node),
+            "pid": row.held.pid,
+            "waiting": row.waiting,
+            "alone": alone,
+        }
+        for row, alone in daemon.home.service.file_locks.view()[:LOCKS_MAX]
+    ]

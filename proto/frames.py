@@ -73,6 +73,7 @@ class FrameType(IntEnum):
     PING = 20
     PONG = 21
     EVICT = 22
+    RECLAIM_LOCKS = 23
 
 
 JSON_TYPES: Final = frozenset(

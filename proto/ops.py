@@ -87,6 +87,10 @@ class Op(IntEnum):
     REAP = 22
     SYNC = 23
     WRITES = 24
+    LK_SET = 25
+    LK_TEST = 26
+    LK_ADOPT = 27
+    LK_CANCEL = 28
 
 
 class OpFlag(IntEnum):
@@ -118,6 +122,7 @@ class WriteFlag(IntEnum):
 
 
 _OBJ = ("Q", "I")
+_LOCK = ("Q", "Q", "Q", "I", "I", "I")
 REQUESTS: dict[Op, tuple[str, ...]] = {
     Op.LOOKUP: (*_OBJ, "v"),
     Op.GETATTR: _OBJ,
@@ -143,6 +148,11 @@ REQUESTS: dict[Op, tuple[str, ...]] = {
     Op.REAP: _OBJ,
     Op.SYNC: (),
     Op.WRITES: (*_OBJ, "I", "v"),  # WriteFlag, pack_writes
+    # inode; owner, start, end, pid, type, flock of a file lock (mxfs_proto.filelocks)
+    Op.LK_SET: ("Q", *_LOCK, "Q"),  # id of the waiter, 0: does not wait
+    Op.LK_TEST: ("Q", *_LOCK),
+    Op.LK_ADOPT: ("Q", "v"),  # pack_held
+    Op.LK_CANCEL: ("Q", "Q"),  # id of the waiter
 }
 
 REPLIES: dict[Op, tuple[str, ...]] = {
@@ -171,6 +181,10 @@ REPLIES: dict[Op, tuple[str, ...]] = {
     Op.REAP: (),
     Op.SYNC: (),
     Op.WRITES: ("Q",),  # bytes written, of all together
+    Op.LK_SET: ("I",),  # 1: it waits
+    Op.LK_TEST: ("I", "Q", "Q", "I", "I"),  # type (UNLOCK: none is in the way), start, end, pid, node
+    Op.LK_ADOPT: (),
+    Op.LK_CANCEL: (),
 }
 
 _REQUEST = Struct("!HHIIQ")  # op, flags, uid, gid, lowest sequence whose reply the client still may need

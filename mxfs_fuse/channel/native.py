@@ -92,7 +92,7 @@ class NativeChannel:
     def _serve_with(self, operations: Operations) -> None:
         operations.use(NativeReplies())
         self._dispatcher = Dispatcher(operations)
-        self._has_locks = hasattr(operations, "setlk")
+        self._has_locks = not operations.local_locks
 
     def close(self) -> None:
         """Unmount where it is still mounted, and give the descriptor back."""

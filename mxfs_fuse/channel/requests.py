@@ -176,16 +176,18 @@ class Dispatcher:
         return (fuse.WRITE_OUT.pack(await self._ops.write(fh, offset, r.data, privileged), 0),)
 
     async def _flush(self, r: Request) -> Parts:
-        await self._ops.flush(r.fields[0])
-        if hasattr(self._ops, "flush_locks"):
+        try:
+            await self._ops.flush(r.fields[0])
+        finally:
             await self._ops.flush_locks(r.fields[0], r.fields[3])
         return ()
 
     async def _release(self, r: Request) -> Parts:
         fh, _, flags, owner = r.fields
-        if hasattr(self._ops, "release_locks"):
+        try:
             await self._ops.release_locks(fh, owner, bool(flags & fuse.RELEASE_FLOCK_UNLOCK))
-        await self._ops.release(fh)
+        finally:
+            await self._ops.release(fh)
         return ()
 
     async def _fsync(self, r: Request) -> Parts:

@@ -79,9 +79,20 @@ def locks_text(reply: dict[str, Any]) -> str:
         ]
         for resource in reply.get("resources", [])
     ]
-    if not rows:
-        return f"{head}: no lock but the home's own"
-    return f"{head}\n" + table(["inode", "holders", "waiters", "open (readers, writers)"], rows)
+    file_locks = [
+        [
+            lock["ino"],
+            f"{lock['type']} {lock['kind']}",
+            "all" if lock["kind"] == "flock" else f"{lock['start']}-{'' if lock['end'] is None else lock['end']}",
+            f"{lock['node']} pid {lock['pid']}",
+            "waits" if lock["waiting"] else "held, the node decides alone" if lock["alone"] else "held",
+        ]
+        for lock in reply.get("file_locks", [])
+    ]
+    text = f"{head}\n" + table(["inode", "holders", "waiters", "open (readers, writers)"], rows) if rows else ""
+    if file_locks:
+        text = f"{text or head}\n" + table(["inode", "file lock", "bytes", "of", "state"], file_locks)
+    return text or f"{head}: no lock but the home's own"
 
 
 def _entry(entry: dict[str, Any]) -> str:

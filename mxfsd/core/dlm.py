@@ -270,6 +270,18 @@ class LockMaster:
         self._pump(rec, now_ms, out)
         return out
 
+    def pin(self, now_ms: int, op_id: int, ino: int) -> None:
+        """Have an operation of nobody (node 0) hold *ino* in CR from now on, without asking: another one holds it just
+        now in a mode beside which CR may be, or the grace period is not over. op_release() ends it."""
+        rec = self._records.get(ino)
+        if rec is None:
+            if self.serving and self._home is not None:
+                raise MisuseError(f"pin of {ino}, which the home holds")
+            rec = self._records[ino] = Record(ino)
+        if rec.ops is None:
+            rec.ops = {}
+        rec.ops[op_id] = (0, LockMode.CR)
+
     def grant_with_op(self, now_ms: int, node: int, ino: int, mode: LockMode) -> tuple[LockMode, int]:
         """While an operation of *node* holds *ino*: give the node a cached lock if that delays nobody.
 
@@ -353,6 +365,11 @@ class LockMaster:
     def __len__(self) -> int:
         """Return the number of records."""
         return len(self._records)
+
+    @property
+    def home(self) -> int | None:
+        """The node whose FUSE layer holds everything implicitly."""
+        return self._home
 
     @property
     def serving(self) -> bool:

@@ -420,7 +420,7 @@ class LockCache:
             if ino not in self._locks:
                 self._locks[ino] = _Lock(_NL, self._given_back.get(ino, 0), 0)
         if not implicit:
-            for ino in [ino for ino, lock in self._locks.items() if lock.mode is _NL and ino not in self._revokes]:
+            for ino in [ino for ino, lock in self._locks.items() if lock.mode is _NL and self.state(ino) is State.HELD]:
                 self._drop(ino)
 
     def drop_all(self) -> list[int]:
@@ -431,14 +431,31 @@ class LockCache:
         of upcalls that wait for the home must be unpinned now, and what those upcalls bring must not be cached.
         """
         dropped = [ino for ino, lock in self._locks.items() if lock.mode is not _NL]
-        for ino in list(self._locks):
-            self._drop(ino)
+        for ino, lock in list(self._locks.items()):
+            if self._implicit:  # without an entry it would be held in EX, though the master has given it to others
+                lock.mode = lock.usable = _NL
+            else:
+                self._drop(ino)
         self._revokes = {ino: revoke for ino, revoke in self._revokes.items() if revoke.passing}
         for revoke in self._revokes.values():
             revoke.state = State.HELD
         self._forgotten.clear()
         self._fresh.clear()
         return dropped
+
+    def drop_where(self, chosen: Callable[[int], bool]) -> None:
+        """Hold none of the resources that *chosen* says yes to; nobody is told (before a change of home)."""
+        for ino in [ino for ino in self._locks if chosen(ino)]:
+            revoke = self._revokes.get(ino)
+            if revoke is not None:
+                if revoke.passing:
+                    revoke.state = State.HELD
+                else:
+                    del self._revokes[ino]
+            self._drop(ino)
+            self._fresh.pop(ino, None)
+        for ino in [ino for ino in self._forgotten if chosen(ino)]:
+            del self._forgotten[ino]
 
     def held(self) -> Iterator[tuple[int, LockMode, int, Opens]]:
         """Yield (ino, mode, seq, opens) of each lock held, for reclaims; those being revoked are still held."""

@@ -111,7 +111,7 @@ class Lab:
                 path.symlink_to(self._native.root)
         else:
             command = ["lab", "up", str(folder), "--nodes", str(count), "--size", size, "--timeouts", timeouts]
-            options = ["-o", f"channel={CHANNEL}"] if CHANNEL else []
+            options = ["-o", f"channel={CHANNEL},localflocks"] if CHANNEL else []
             self._mxfs([*command, "--fencing", fencing, *options])
 
     @property

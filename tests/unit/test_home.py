@@ -627,6 +627,10 @@ async def test_every_operation_answers(home: Home, base: Fid) -> None:
         (Op.REAP, *file),
         (Op.SYNC,),
         (Op.WRITES, *file, 0, pack_writes([(0, b"DATA"), (2, b"xx")])),
+        (Op.LK_SET, file.ino, 77, 0, 9, 4711, 1, 0, 0),
+        (Op.LK_TEST, file.ino, 78, 0, 9, 4712, 1, 0),
+        (Op.LK_ADOPT, file.ino, b""),
+        (Op.LK_CANCEL, file.ino, 5),
     ]
     assert {row[0] for row in rows} | {Op.SYMLINK} == set(Op)
     got = {}

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from mxfs_proto import ops
 from mxfs_proto.errors import PeerError
+from mxfs_proto.filelocks import LAST, Held, pack_held
 from mxfs_proto.ops import Attr, Entry, Grant, Op, OpFlag, Request
 
 TOP = (1 << 64) - 1
@@ -41,6 +42,10 @@ CASES: dict[Op, tuple[list[Any], list[Any]]] = {
     Op.REAP: (OBJ, []),
     Op.SYNC: ([], []),
     Op.WRITES: ([*OBJ, 1, ops.pack_writes([(0, b"one"), (1 << 40, b""), (3, b"two")])], [6]),
+    Op.LK_SET: ([5, TOP, 0, LAST, 4711, 1, 0, 7], [1]),
+    Op.LK_TEST: ([5, TOP, 10, 19, 4711, 0, 1], [1, 0, LAST, 4712, 64]),
+    Op.LK_ADOPT: ([5, pack_held([Held(TOP, 0, LAST, 4711, 1, True)])], []),
+    Op.LK_CANCEL: ([5, 7], []),
 }
 GRANTS = [Grant(4711, 3, (5 << 40) + 1), Grant(TOP, 5, TOP)]
 

@@ -55,7 +55,7 @@ def test_a_later_option_overrides_an_earlier_one(text: str, kernel: tuple[str, .
 @pytest.mark.parametrize(
     ("text", "names"),
     [
-        ("colour=red", "unknown option colour=red; known are ro, rw, iface="),
+        ("colour=red", "unknown option colour=red; known are ro, rw, localflocks, iface="),
         ("rw,logbufs=8", "unknown option logbufs=8"),
         ("ro=1", "unknown option ro=1"),
         ("noexec=1", "unknown option noexec=1"),
@@ -75,6 +75,9 @@ def test_a_later_option_overrides_an_earlier_one(text: str, kernel: tuple[str, .
         ("timeouts=slow", "timeouts=slow: must be one of fast, default, patient"),
         ("fencing=none", "fencing=none: must be one of auto, pr, lease"),
         ("log=loud", "log=loud"),
+        ("channel=tin", "channel=tin: must be one of native, pyfuse3"),
+        ("channel=pyfuse3", "channel=pyfuse3 keeps file locks on each node alone: say localflocks too"),
+        ("localflocks=1", "unknown option localflocks=1"),
         ("node=" + "n" * 65, "node=nnn"),
         ("node=a/b", "node=a/b"),
         ("watchdog=watchdog0", "watchdog=watchdog0: must be the absolute path"),
@@ -118,6 +121,8 @@ _flags = st.lists(st.sampled_from(["nodev", "nosuid", "noexec", "noatime", "sync
         node=st.none() | _name,
         watchdog=st.none() | _name.map(lambda name: "/dev/" + name),
         state=st.none() | _name.map(lambda name: "/" + name),
+        local_flocks=st.just(True),
+        channel=st.sampled_from(["", "native", "pyfuse3"]),
         log=st.sampled_from(["debug", "info", "warning", "error"]),
         kernel=_flags,
     )
