@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from labkit import Lab, running_lab
+from labkit import CHANNEL, Lab, running_lab
 from test_home_move import Load
 
 from mxfsd import control, mountinfo, procs, rundir
@@ -241,6 +242,29 @@ def test_unmount_while_there_is_no_daemon(lab: Lab, work: Work) -> None:
     assert (work[victim] / "file").read_bytes() == b"data"
 
 
+WAITS = {
+    "mkdir": "os.mkdir(path + '.new')",
+    "fsync": "os.fsync(fd)",
+    "append": "os.write(fd, b'x')",
+    "direct read": "os.pread(fd, 4096, 0)",
+    "flock": "__import__('fcntl').flock(fd, 2)",
+}
+"""What programs wait in, and are killed in."""
+_FLAGS = {"append": "os.O_WRONLY | os.O_APPEND", "direct read": "os.O_RDWR | os.O_DIRECT"}
+
+
+def waiter(path: Path, what: str) -> subprocess.Popen[bytes]:
+    """A program that opens the file, and does *what* when it is told to."""
+    flags = _FLAGS.get(what, "os.O_RDWR")
+    script = (
+        f"import os, sys; path = {str(path)!r}; fd = os.open(path, {flags}); print(flush=True); input(); {WAITS[what]}"
+    )
+    child = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert child.stdout is not None
+    child.stdout.readline()
+    return child
+
+
 @pytest.mark.timeout(200)
 def test_a_mount_without_daemon_waits_can_be_interrupted_and_is_dead_in_the_end(lab: Lab, work: Work) -> None:
     """Waiting applications die by SIGKILL; after restart_ms everything fails with EIO, and a mount cleans up."""
@@ -255,16 +279,25 @@ def test_a_mount_without_daemon_waits_can_be_interrupted_and_is_dead_in_the_end(
         except OSError as failed:
             errors.append(failed.errno)
 
+    # pyfuse3 does not say who asks for the others.
+    kinds = ["mkdir"] if CHANNEL == "pyfuse3" else list(WAITS)
+    for kind in kinds:
+        (folder / kind).write_bytes(b"data")
+    children = {kind: waiter(folder / kind, kind) for kind in kinds}
     with no_daemon_starts(lab, victim):
         lab.crash(victim, "daemon")
         begun = time.monotonic()
         waiting = threading.Thread(target=late)
         waiting.start()
-        child = subprocess.Popen(["mkdir", str(folder / "new")])
+        for child in children.values():
+            assert child.stdin is not None
+            child.stdin.write(b"\n")
+            child.stdin.flush()
         time.sleep(1)
-        assert child.poll() is None
-        child.send_signal(signal.SIGKILL)
-        assert child.wait(3) == -signal.SIGKILL
+        assert {kind: child.poll() for kind, child in children.items()} == dict.fromkeys(kinds)
+        for kind, child in children.items():
+            child.send_signal(signal.SIGKILL)
+            assert child.wait(3) == -signal.SIGKILL, kind
         waiting.join(60)
         print(f"dead after {time.monotonic() - begun:.1f} s")
         assert errors == [errno.EIO]
@@ -273,7 +306,10 @@ def test_a_mount_without_daemon_waits_can_be_interrupted_and_is_dead_in_the_end(
         assert failed.value.errno == errno.EIO
     lab.ended(victim)
     lab.start(victim)  # over the dead mount
-    assert sorted(os.listdir(work[victim])) == []
+    assert sorted(os.listdir(work[victim])) == sorted(kinds)
+    for kind, child in children.items():
+        child.communicate()
+        assert (work[victim] / kind).read_bytes() == b"data"
 
 
 @pytest.mark.timeout(200)
