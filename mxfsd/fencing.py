@@ -12,6 +12,7 @@ from typing import Protocol
 import structlog
 
 from mxfs_proto.errors import IoFailure, MisuseError, MxfsError
+from mxfsd.admission import unused
 from mxfsd.core.takeover import Verdict, Victim
 from mxfsd.options import MountOptions
 from mxfsd.pr.errors import ReservationError
@@ -166,22 +167,12 @@ def choose(device: str, options: MountOptions) -> Fencing:
         return LeaseFencing(probe.reason)
     agent = PrFencing(probe.reservations, probe.transport)
     try:
-        agent.join(replace=_unused(device))
+        agent.join(replace=unused(device))
     except BaseException:
         agent.close()
         raise
     log.info("registered", transport=probe.transport, key=key_text(agent.key))
     return agent
-
-
-def _unused(device: str) -> bool:
-    """Whether nothing on this host has the device mounted or open exclusively, so that no old I/O is under way."""
-    try:
-        fd = os.open(device, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC)
-    except OSError:
-        return False
-    os.close(fd)
-    return True
 
 
 def leave(agent: Fencing) -> None:

@@ -174,20 +174,16 @@ def _is_device(source: str, number: int) -> bool:
 def volume_uuid(device: str) -> str:
     """Return the uuid of the MXFS volume on the device (text form); MountError says what is there instead."""
     from mxfs_proto.ondisk import ForeignRecord, format_uuid
-    from mxfsd.io.lockspace import Lockspace
+    from mxfsd.admission import volume_of
 
     try:
-        lockspace = Lockspace.open(device, readonly=True)
+        return format_uuid(volume_of(device))
     except ForeignRecord as error:
         raise MountError(_what_instead(device, str(error))) from None
     except MediaError as error:
         raise MountError(f"damaged lockspace: {error}") from None
     except MxfsError as error:
         raise MountError(str(error)) from None
-    try:
-        return format_uuid(lockspace.volume)
-    finally:
-        lockspace.close()
 
 
 def _what_instead(device: str, detail: str) -> str:

@@ -98,13 +98,9 @@ def _run_dir(args: argparse.Namespace, parsed: "MountOptions") -> Path:
         return Path(args.run_dir)
     import uuid
 
-    from mxfsd.io.lockspace import Lockspace
+    from mxfsd.admission import volume_of
 
-    lockspace = Lockspace.open(args.device, readonly=True)
-    try:
-        return Path(parsed.run_dir(str(uuid.UUID(bytes=lockspace.volume))))
-    finally:
-        lockspace.close()
+    return Path(parsed.run_dir(str(uuid.UUID(bytes=volume_of(args.device)))))
 
 
 def _say(fd: int, line: str) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from mxfs_proto.errors import IoFailure, MisuseError
 from mxfs_proto.ondisk import LeaseRecord, LeaseState, SlotRecord, SlotState
-from mxfsd import fencing
+from mxfsd import admission
 from mxfsd.core.takeover import Verdict, Victim
 from mxfsd.fencing import LeaseFencing, PrFencing, choose
 from mxfsd.io.heartbeat_client import BeatReport, LeaseView, SlotView
@@ -127,8 +127,8 @@ def test_a_device_in_use_does_not_lose_its_registration(monkeypatch: pytest.Monk
     def busy(*_args: Any, **_kwargs: Any) -> int:
         raise OSError(16, "busy")
 
-    monkeypatch.setattr(fencing.os, "open", busy)
-    assert not fencing._unused("/dev/sdx")
+    monkeypatch.setattr(admission.os, "open", busy)
+    assert not admission.unused("/dev/sdx")
 
 
 class Home:
