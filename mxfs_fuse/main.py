@@ -329,11 +329,7 @@ class Server:
         state = self.state
         assert state is not None
         self._lapsed = True
-        self._drops = [
-            asyncio.ensure_future(state.locks.drop_pages_of(node))
-            for node in state.nodes.values()
-            if state.locks.may_be_readable(node)
-        ]
+        self._drops = [self._drop(node) for node in state.nodes.values() if state.locks.may_be_readable(node)]
         for node in state.nodes.values():
             node.forget_cached()
         self._drops.append(state.locks.drop_attributes(list(state.nodes)))
@@ -415,12 +411,17 @@ class Server:
             state.close_gate()
         readable = [node for node in state.nodes.values() if state.locks.may_be_readable(node)]
         state.locks.cache.drop_all()
-        self._drops = [asyncio.ensure_future(state.locks.drop_pages_of(node)) for node in readable]
+        self._drops = [self._drop(node) for node in readable]
         for node in state.nodes.values():
             node.forget_cached()
         if state.kernel is not None and state.kernel.has_epoch:
             state.kernel.inc_epoch()
         self._when_dropped()
+
+    def _drop(self, node: Node) -> asyncio.Future[None]:
+        assert self.state is not None
+        work = self.state.locks.drop_pages_of(node)
+        return asyncio.get_running_loop().create_task(work, name=f"inode {node.fid.ino}")
 
     def _when_dropped(self) -> None:
         """Say so, and perhaps go on, when each of the drops under way has ended."""
@@ -445,7 +446,8 @@ class Server:
             self._reopen_ms = self._reopen_ms or now_ms() + _DROP_MS
             if now_ms() < self._reopen_ms:
                 return
-            log.warning("a drop of caches waits for requests: they go on")
+            late = [work.get_name() for work in self._drops if isinstance(work, asyncio.Task) and not work.done()]
+            log.warning("a drop of caches waits for requests: they go on", of=late[:8], count=len(late))
         self._reopen_ms = 0
         self._listed.set_dropped(False)
         self._lapsed = False
