@@ -4,6 +4,7 @@
 Imports only the standard library, so that it starts alike everywhere.
 """
 
+import fcntl
 import gc
 import json
 import os
@@ -167,10 +168,11 @@ def hand_over(mine: str, theirs: str, turns: int) -> dict[str, list[float]]:
 
     *data*: a turn opens the file on the node whose turn it is, reads the byte the other wrote (RuntimeError when it is
     not that byte), writes the next and closes. *attributes*: chmod on one node, then stat on the other shows it.
-    *names*: create on one node, then stat on the other finds it.
+    *names*: create on one node, then stat on the other finds it. *locks*: flock and unlock, on alternating nodes.
     """
     os.mkdir(mine)
-    out: dict[str, list[float]] = {"hand-over data": [], "hand-over attributes": [], "hand-over names": []}
+    rows = ("hand-over data", "hand-over attributes", "hand-over names", "hand-over locks")
+    out: dict[str, list[float]] = {row: [] for row in rows}
     paths = (f"{mine}/byte", f"{theirs}/byte")
     _create(paths[0])
     for turn in range(turns):
@@ -194,6 +196,14 @@ def hand_over(mine: str, theirs: str, turns: int) -> dict[str, list[float]]:
         _create(f"{folders[0]}/n{turn}")
         os.stat(f"{folders[1]}/n{turn}")
         out["hand-over names"].append((time.perf_counter() - begun) * 1e3)
+    fds = [os.open(path, os.O_RDWR) for path in paths]
+    for turn in range(turns):
+        begun = time.perf_counter()
+        fcntl.flock(fds[turn % 2], fcntl.LOCK_EX)
+        fcntl.flock(fds[turn % 2], fcntl.LOCK_UN)
+        out["hand-over locks"].append((time.perf_counter() - begun) * 1e3)
+    for fd in fds:
+        os.close(fd)
     for name in os.listdir(mine):
         os.unlink(f"{mine}/{name}")
     os.rmdir(mine)
