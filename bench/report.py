@@ -99,12 +99,16 @@ class Figures:
                 out[column] = Verdict(f"{row}: {column} / {base}", self.ratio(column, base, row), target, True)
         return out
 
+    def hand_over_verdict(self, row: str) -> Verdict:
+        """The verdict of a hand-over row."""
+        limit = LOCK_HAND_OVER_MS if row == "hand-over locks" else HAND_OVER_MS
+        return Verdict(f"{row}, median ms", self.hand_over_median("node", row), limit, False)
+
     def verdicts(self) -> list[Verdict]:
         """Every target that this run can judge."""
         out = [verdict for row in ROWS for verdict in self.row_targets(row).values()]
         for row in self.hand_over.get("node", {}):
-            limit = LOCK_HAND_OVER_MS if row == "hand-over locks" else HAND_OVER_MS
-            out.append(Verdict(f"{row}, median ms", self.hand_over_median("node", row), limit, False))
+            out.append(self.hand_over_verdict(row))
         if self.lock_from_cache_us is not None:
             out.append(Verdict("lock from cache, µs", self.lock_from_cache_us, LOCK_FROM_CACHE_US, False))
         if self.second_mount_s:
@@ -135,8 +139,8 @@ def table(figures: Figures, titles: dict[str, str]) -> str:
         lines.append(line + "  " + ", ".join(marks))
     for row in figures.hand_over.get("native", {}):
         line = f"{row:<22} {'ms':<6}" + "".join(f"{figures.hand_over_median(key, row):>15.3f}" for key in keys)
-        verdict = Verdict(row, figures.hand_over_median("node", row), HAND_OVER_MS, False)
-        lines.append(f"{line}{'':46}  node ≤{HAND_OVER_MS:g} {verdict.word}")
+        verdict = figures.hand_over_verdict(row)
+        lines.append(f"{line}{'':46}  node ≤{verdict.target:g} {verdict.word}")
     verdicts = figures.verdicts()
     for verdict in verdicts:
         if verdict.name.startswith(("lock", "second", "memory")):
