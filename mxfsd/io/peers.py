@@ -19,6 +19,7 @@ from mxfsd.io.stream import Acceptor, FrameConnection
 
 log = structlog.get_logger(__name__)
 
+_SYN_S: Final = 0.4
 HANDSHAKE_S: Final = 5.0
 MAX_HANDSHAKES: Final = 128
 """Connections that may be in their handshake at once; more are closed."""
@@ -187,7 +188,19 @@ async def connect_peer(
 
 
 async def _tcp_connect(address: str, port: int, local_address: str | None) -> socket.socket:
-    """Connect to a numeric address (link-local ones with %interface). Raises OSError."""
+    """Connect to a numeric address (link-local ones with %interface), however long it takes. Raises OSError.
+
+    The kernel repeats a lost SYN after 1, 2, 4 s ...: a network that works again would not be noticed for as long.
+    """
+    while True:
+        try:
+            async with asyncio.timeout(_SYN_S):
+                return await _tcp_connect_once(address, port, local_address)
+        except TimeoutError:
+            continue
+
+
+async def _tcp_connect_once(address: str, port: int, local_address: str | None) -> socket.socket:
     info = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)[0]
     sock = socket.socket(info[0], socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:

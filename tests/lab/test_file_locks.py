@@ -122,20 +122,26 @@ def test_locks_are_shown(lab: Lab, work: Work) -> None:
     with workers(work, "file", home, other, other) as (a, b, c):
         assert a.ask("set", "r", 100, 100) == b.ask("set", "r", 100, 50) == "ok"
         c.tell("wait", "w", 120, 0)
-        time.sleep(0.3)
-        shown = json.loads(subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout)
+
+        def shown() -> list[dict[str, Any]]:
+            done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
+            reply: list[dict[str, Any]] = json.loads(done.stdout)
+            return reply
+
+        assert procs.wait_until(lambda: any(lock["waiting"] for lock in shown()[0]["file_locks"]), WAIT_S)
+        reply = shown()[0]
         found = sorted(
-            (lock["node"], lock["pid"], lock["type"], lock["start"], lock["end"], lock["waiting"])
-            for lock in shown[0]["file_locks"]
+            (lock["node"], lock["pid"], lock["type"], lock["start"], lock["end"] or 0, lock["waiting"])
+            for lock in reply["file_locks"]
         )
         assert found == sorted(
             [
                 (home, a.process.pid, "read", 100, 199, False),
                 (other, b.process.pid, "read", 100, 149, False),
-                (other, c.process.pid, "write", 120, None, True),
+                (other, c.process.pid, "write", 120, 0, True),
             ]
         )
-        assert all(resource["ino"] < 1 << 63 for resource in shown[0]["resources"])
+        assert all(resource["ino"] < 1 << 63 for resource in reply["resources"])
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         assert "read posix" in text and "100-199" in text and "120- " in text and "waits" in text
         assert a.ask("set", "u", 0, 0) == b.ask("set", "u", 0, 0) == c.hear() == "ok"
