@@ -27,6 +27,7 @@ from enum import Enum, auto
 from errno import EAGAIN
 
 from mxfs_proto.errors import MisuseError
+from mxfs_proto.filelocks import is_resource
 from mxfs_proto.lockflags import LockFlag
 from mxfs_proto.modes import LockMode
 from mxfsd.core.lockeffects import CacheEffect, Invalidate, Later, Opens, SendCancel, SendRelease, SendRequest, Wake
@@ -564,6 +565,8 @@ class LockCache:
             return _PW
         if COMPATIBLE[wanted][held]:
             return held
+        if is_resource(ino):
+            return _NL  # PR says nothing of file locks, and would keep every other node from deciding alone
         if not (COVERS[held][_PR] and COMPATIBLE[wanted][_PR]) or self._has_cached_writer(ino):
             # With a cached writer pages are filled under PW only, so that under PR none is there that a WRITE which
             # waits for PW could keep from being invalidated.
