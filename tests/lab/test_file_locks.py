@@ -123,13 +123,15 @@ def test_locks_are_shown(lab: Lab, work: Work) -> None:
         assert a.ask("set", "r", 100, 100) == b.ask("set", "r", 100, 50) == "ok"
         c.tell("wait", "w", 120, 0)
 
-        def shown() -> list[dict[str, Any]]:
+        def shown() -> dict[str, Any]:
             done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
-            reply: list[dict[str, Any]] = json.loads(done.stdout)
+            reply: dict[str, Any] = json.loads(done.stdout)[0]
+            reply["file_locks"] = [lock for lock in reply["file_locks"] if lock["ino"] == ino]
             return reply
 
-        assert procs.wait_until(lambda: any(lock["waiting"] for lock in shown()[0]["file_locks"]), WAIT_S)
-        reply = shown()[0]
+        ino = os.stat(work[home] / "file").st_ino
+        assert procs.wait_until(lambda: any(lock["waiting"] for lock in shown()["file_locks"]), WAIT_S)
+        reply = shown()
         found = sorted(
             (lock["node"], lock["pid"], lock["type"], lock["start"], lock["end"] or 0, lock["waiting"])
             for lock in reply["file_locks"]

@@ -3,19 +3,23 @@ hold what conflicts, and every wait ends."""
 
 import asyncio
 import errno
+import os
 import random
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
 
 from mxfs_fuse import filelocks
+from mxfs_fuse import locks as locks_module
 from mxfs_fuse.filelocks import FileLocks
 from mxfs_fuse.state import State
 from mxfs_proto.filelocks import LAST, READ, UNLOCK, WRITE, Held
 from mxfs_proto.frames import Frame, FrameType
 from mxfs_proto.ops import Fid
 from mxfs_proto.records import LockRecord, Record
+from mxfsd import homerole
 from mxfsd.core.sessions import SessionTable
 from mxfsd.core.timeouts import Timeouts
 from mxfsd.homerole import HomeRole
@@ -37,8 +41,9 @@ class NoLower:
 class Cluster:
     """The home and three FUSE layers. Each channel keeps its order; how long a message takes is random."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, lapses: bool = False) -> None:
         self.random = random.Random(seed)
+        self.lapses = lapses
         self.weakening: dict[tuple[int, int], int] = {}
         self.tasks: list[asyncio.Task[None]] = []
         self.queues: dict[tuple[int, str], asyncio.Queue[Callable[[], None]]] = {}
@@ -113,6 +118,14 @@ class Cluster:
                     meet = lock.start <= second.end and second.start <= lock.end
                     assert not (meet and WRITE in (lock.type, second.type)), (node, lock, other, second)
 
+    async def tick(self) -> None:
+        """What is repeated when nothing came of it: BASTs, requests, and locks that the kernel forgot."""
+        while True:
+            await asyncio.sleep(0.005)
+            self.role.tick()
+            for state in self.states.values():
+                state.locks.tick()
+
     def lapse(self, node: int) -> None:
         """The lease of a node ends and is given again: it holds no lock of the master any more, and says nothing."""
         self.states[node].locks.cache.drop_all()
@@ -145,6 +158,8 @@ async def application(cluster: Cluster, node: int, owner: int, steps: int) -> No
         lock = Held(owner, start, end, 1, rng.choice((READ, WRITE, WRITE, UNLOCK)), False)
         if flock:
             lock = lock._replace(start=0, end=LAST, flock=True)
+        if cluster.lapses and node != HOME and rng.random() < 0.1:
+            cluster.lapse(node)
         ino = rng.choice(INOS)
         if lock.type == READ:
             cluster.weakening[node, owner] = ino
@@ -170,12 +185,25 @@ def run(work: Callable[[], Awaitable[None]]) -> None:
     asyncio.run(bounded())
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_no_order_of_messages_grants_what_conflicts(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+SEEDS = int(os.environ.get("MXFS_LOCK_SEEDS", "6"))
+
+
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time goes 200 times as fast: what is repeated after seconds is so after milliseconds."""
+    for module in (filelocks, homerole, locks_module):
+        monkeypatch.setattr(module, "now_ms", lambda: int(time.monotonic() * 200_000))
     monkeypatch.setattr(filelocks, "_ASK_AGAIN_S", 0.02)
 
+
+@pytest.mark.usefixtures("hurried")
+@pytest.mark.parametrize("lapses", [False, True])
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_no_order_of_messages_grants_what_conflicts(seed: int, lapses: bool) -> None:
     async def work() -> None:
-        cluster = Cluster(seed)
+        cluster = Cluster(seed, lapses)
+        cluster.role.service.now = homerole.now_ms
+        cluster.tasks.append(asyncio.get_running_loop().create_task(cluster.tick()))
         owners = [(node, owner) for node in NODES for owner in (1, 2)]
         apps = [asyncio.create_task(application(cluster, *who, 60)) for who in owners]
         await asyncio.gather(*apps)
