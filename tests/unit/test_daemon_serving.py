@@ -19,9 +19,8 @@ class Role:
         self.master = self
         self.service = self
 
-    def grace_over(self, _now_ms: int) -> list[Any]:
+    def grace_over(self) -> None:
         self.begun += 1
-        return []
 
     def run(self, _effects: list[Any]) -> None: ...
 
