@@ -7,6 +7,7 @@ is run up to its first wait without a task. What waits becomes a task, so that i
 import asyncio
 import errno
 import os
+import select
 import stat
 from collections.abc import Coroutine, Generator, Iterable
 from typing import Any
@@ -22,6 +23,7 @@ from mxfs_fuse.operations import Operations
 from mxfs_proto import fuse
 from mxfs_proto.errors import MxfsError, PeerError
 from mxfs_proto.fuse import InitFlag, Opcode
+from mxfsd import mountinfo
 from mxfsd.io import libc
 
 log = structlog.get_logger(__name__)
@@ -57,6 +59,8 @@ class NativeChannel:
     def __init__(self, fd: int = -1) -> None:
         self._fd = fd
         self._mountpoint = ""
+        self._device = -1
+        """st_dev of the mount: nobody else's while ours lives."""
         self._buffer = bytearray(fuse.BUFFER_BYTES)
         self._view = memoryview(self._buffer)
         self._dispatcher: Dispatcher | None = None
@@ -87,6 +91,8 @@ class NativeChannel:
             self._fd = -1
             raise
         self._mountpoint = mountpoint
+        made = mountinfo.at(mountpoint)
+        self._device = made.device if made is not None else -1
         return self._fd
 
     def _serve_with(self, operations: Operations) -> None:
@@ -98,13 +104,22 @@ class NativeChannel:
         """Unmount where it is still mounted, and give the descriptor back."""
         if self._fd < 0:
             return
-        if self._mountpoint and not self._over:
+        if self._mountpoint and not self._over and self._is_mounted():
             try:
                 libc.umount(self._mountpoint, libc.MNT_DETACH)
             except OSError as exc:
                 log.info("not unmounted", reason=str(exc))
         os.close(self._fd)
         self._fd = -1
+
+    def _is_mounted(self) -> bool:
+        """Whether what is mounted there is this mount: another one may have been made in its place."""
+        poll = select.poll()
+        poll.register(self._fd, 0)
+        if any(events & select.POLLERR for _fd, events in poll.poll(0)):
+            return False  # the connection has ended, and its numbers may be somebody else's by now
+        there = mountinfo.at(self._mountpoint)
+        return there is not None and there.device == self._device
 
     # -- serving ---------------------------------------------------------------------------------------------------
 

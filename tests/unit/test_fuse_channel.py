@@ -20,6 +20,7 @@ from mxfs_proto import fuse
 from mxfs_proto.errors import PeerError
 from mxfs_proto.fuse import InitFlag, Opcode
 from mxfs_proto.ops import Attr
+from mxfsd import mountinfo
 from mxfsd.io import libc
 
 ATTR = Attr(7, 3, 0o100644, 1, 1000, 1001, 0, 5, 8, 1_000_000_001, -2_500_000_000, 3_000_000_003)
@@ -396,13 +397,33 @@ def test_mount_words() -> None:
     assert error.value.errno == errno.EINVAL and "nonsense" in str(error.value)
 
 
+class Nothing:
+    """Operations of a mount that nobody asks anything of."""
+
+    local_locks = False
+
+    def use(self, _replies: object) -> None: ...
+
+
+@pytest.mark.needs("root", "fuse")
+def test_the_end_of_a_channel_leaves_a_later_mount_alone(tmp_path: Any) -> None:
+    """A dead mount was unmounted, and another one made in its place, before its FUSE process came to its end."""
+    place = str(tmp_path.resolve())
+    first, second = NativeChannel(), NativeChannel()
+    first.mount(Nothing(), place, [])  # type: ignore[arg-type]
+    libc.umount(place, libc.MNT_DETACH)
+    second.mount(Nothing(), place, [])  # type: ignore[arg-type]
+    try:
+        first.close()
+        there = mountinfo.at(place)
+        assert there is not None and mountinfo.is_mxfs(there)
+    finally:
+        second.close()
+    assert mountinfo.at(place) is None
+
+
 def test_a_mount_point_that_is_none(tmp_path: Any) -> None:
     channel = NativeChannel()
-
-    class Nothing:
-        local_locks = False
-
-        def use(self, _replies: object) -> None: ...
 
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(FileNotFoundError):
