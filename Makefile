@@ -4,10 +4,10 @@
 VENV := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check lint format unit sim lab pr soak cycles bench clean
+.PHONY: help install demo test check lint format unit sim lab pr test-vm soak cycles bench clean
 
 help:            ## This list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 install:         ## Debian packages that are missing, and .venv with the commands in .venv/bin
 	@scripts/packages
@@ -41,6 +41,11 @@ lab: install     ## Tests on real mounts
 
 pr: install      ## Tests of persistent reservations on a real iSCSI target
 	@$(VENV)/pytest -q tests/pr
+
+test-vm:         ## Tests on virtual machines that share an iSCSI disk (QEMU without hardware help: some minutes)
+	@scripts/packages vm
+	@scripts/venv dev vm
+	@MXFS_TEST_VM=1 $(VENV)/pytest -q -rA tests/vm
 
 soak: install    ## Three nodes under load are killed, cut off and moved at random: SOAK_MINUTES=30, SOAK="--seed 7"
 	@$(VENV)/python -m tests.soak $(SOAK)

@@ -62,6 +62,20 @@ def _netns() -> str | None:
     return _root() or _tool("ip") or (None if Path("/proc/self/ns/net").exists() else "no namespaces")
 
 
+def _vm() -> str | None:
+    if os.environ.get("MXFS_TEST_VM") != "1":
+        return "takes virtual machines: make test-vm"
+    reason = _tool("qemu-system-x86_64") or _tool("iscsid") or _tool("tgtd") or _tool("sg_persist") or _tool("busybox")
+    if reason is None and not (Path(sys.executable).parent / "virtme-run").exists():
+        reason = "virtme-ng is not installed"
+    if reason is None and not any(
+        Path(f"/lib/modules/{kernel.name.removeprefix('vmlinuz-')}/modules.dep").exists()
+        for kernel in Path("/boot").glob("vmlinuz-*")
+    ):
+        reason = "no kernel with modules is installed in /boot"
+    return f"{reason}: make test-vm installs what virtual machines need" if reason else None
+
+
 CAPABILITIES: dict[str, Callable[[], str | None]] = {
     "root": _root,
     "fuse": _fuse,
@@ -69,6 +83,7 @@ CAPABILITIES: dict[str, Callable[[], str | None]] = {
     "xfs": _xfs,
     "netns": _netns,
     "tgt": _tgt,
+    "vm": _vm,
     "fio": lambda: _tool("fio"),
     "setfacl": lambda: _tool("setfacl"),
     "setfattr": lambda: _tool("setfattr"),
