@@ -117,9 +117,14 @@ class HomeRole:
             return
         if keep:
             self.sessions.done(session, seq, outcome.to_keep())
+        parts = outcome.parts()
         if connection != self._connections.get(node, 0):
-            return  # it has connected anew, named its locks without those of this reply, and asks again
-        self._send_frame(node, FrameType.OP_REPLY, outcome.parts(), session, seq)
+            # It has connected anew, and named its locks without those of this reply. It asks again: what may run twice
+            # does so, but for what was under way still this is the only answer.
+            if not keep:
+                return
+            parts = [outcome.to_keep()]
+        self._send_frame(node, FrameType.OP_REPLY, parts, session, seq)
 
     def _fail(self, reason: str) -> None:
         if not self.failed:

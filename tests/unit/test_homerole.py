@@ -140,6 +140,28 @@ async def test_a_repetition_while_it_runs_starts_nothing(rig: Rig) -> None:
     assert rig.replies == []
 
 
+async def test_what_runs_while_its_node_connects_anew_is_answered_without_locks(rig: Rig) -> None:
+    """The node asks again and is told nothing, as it runs still: its end must answer."""
+    rig.role.greet(A, 5)
+    rig.lower.gate.shut()
+    rig.ship(A, 1, Op.CREATE, *rig.base, b"file", 0o644, os.O_EXCL)
+    rig.ship(A, 2, Op.GETATTR, *rig.base)
+    await turns()
+    rig.role.greet(A, 5, continues=5)
+    rig.ship(A, 1, Op.CREATE, *rig.base, b"file", 0o644, os.O_EXCL)
+    rig.ship(A, 2, Op.GETATTR, *rig.base)
+    await turns()
+    assert not rig.replies
+    rig.lower.gate.open()
+    await until(lambda: len(rig.replies) == 2)
+    await turns()
+    answers = {seq: payload for _node, _session, seq, payload in rig.replies}
+    assert len(rig.replies) == len(answers) == 2
+    code, grants, values = unpack_reply(Op.CREATE, answers[1])
+    assert (code, grants, values[0]) == (0, [], 0)
+    assert rig.role.service.executed == 3
+
+
 async def test_a_replay_carries_no_grants(rig: Rig) -> None:
     rig.ship(A, 1, Op.CREATE, *rig.base, b"file", 0o644, os.O_EXCL)
     code, grants, values = await rig.reply(Op.CREATE)
