@@ -212,6 +212,7 @@ class Server:
             await asyncio.sleep(1)
             self.state.locks.tick()
             self._dropped()
+            self._channel.name_long_waits()
 
     async def _answers(self, serving: asyncio.Task[None]) -> None:
         """Return when the mount answers: a stat of its root through the kernel, from a thread. Raises OSError."""

@@ -30,6 +30,9 @@ class Channel(Protocol):
     def terminate(self) -> None:
         """End serve(). May be repeated."""
 
+    def name_long_waits(self) -> None:
+        """Log requests that have waited for long. Called once a second."""
+
     def close(self) -> None:
         """Unmount where it is still mounted, and give the descriptor back."""
 

@@ -35,6 +35,9 @@ class LibfuseChannel:
         except asyncio.InvalidStateError:
             pass  # pyfuse3 ends waits that have ended
 
+    def name_long_waits(self) -> None:
+        """Nothing: libfuse does not say what waits."""
+
     def close(self) -> None:
         """Unmount where it is still mounted."""
         pyfuse3.close(unmount=True)

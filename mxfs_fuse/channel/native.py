@@ -10,7 +10,7 @@ import os
 import select
 import stat
 from collections.abc import Coroutine, Generator, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import structlog
 from pyfuse3 import FUSEError
@@ -49,6 +49,9 @@ _NEEDED = InitFlag.DO_READDIRPLUS | InitFlag.BIG_WRITES
 _UNLIMITED = 65535
 """Requests in the background: the kernel is to hand over every one at once (see `mxfs_fuse.kernel`)."""
 _PAGES = fuse.MAX_WRITE // 4096
+_LONG_S = 10.0
+"""A request that has waited so long is named in the log."""
+_NAMED = 8
 
 
 class NativeChannel:
@@ -68,8 +71,10 @@ class NativeChannel:
         self._ended: asyncio.Future[None] | None = None
         self._over = False
         self._tasks: set[asyncio.Task[None]] = set()
-        self._waiting: dict[int, Interrupt] = {}
+        self._waiting: dict[int, _Waiting] = {}
         """Requests that are not answered, by their unique number."""
+        self._named: set[int] = set()
+        """Those of them that the log has named already."""
         self.flags = InitFlag(0)
         """What was agreed upon with the kernel."""
 
@@ -198,7 +203,7 @@ class NativeChannel:
         elif opcode == Opcode.INTERRUPT:
             waiting = self._waiting.get(request.fields[0])
             if waiting is not None:
-                waiting.set()
+                waiting.signal.set()
         elif opcode == Opcode.DESTROY:
             self._answer(request.unique, 0, ())
         else:
@@ -225,7 +230,7 @@ class NativeChannel:
             self._failed(request, exc)
             return
         if request is not None:
-            self._waiting[request.unique] = signal
+            self._waiting[request.unique] = _Waiting(request, signal, work, asyncio.get_running_loop().time())
         task = asyncio.get_running_loop().create_task(self._go_on(request, work, waits_for))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -271,6 +276,29 @@ class NativeChannel:
                 return self._answer(unique, errno.EIO, ())
         return True
 
+    # -- what waits ------------------------------------------------------------------------------------------------
+
+    def name_long_waits(self) -> None:
+        """Log, once, each request that has waited for long, and where it waits. Whoever waits for another's file lock
+        does so knowingly."""
+        now = asyncio.get_running_loop().time()
+        long = [
+            waiting
+            for unique, waiting in self._waiting.items()
+            if now - waiting.since_s > _LONG_S and unique not in self._named
+            if waiting.request.opcode != Opcode.SETLKW
+        ]
+        self._named &= self._waiting.keys()
+        if not long:
+            return
+        self._named |= {waiting.request.unique for waiting in long}
+        log.warning(
+            "requests wait for long",
+            count=len(long),
+            longest_s=round(now - min(waiting.since_s for waiting in long), 1),
+            first=[waiting.described() for waiting in long[:_NAMED]],
+        )
+
     # -- the hand-shake --------------------------------------------------------------------------------------------
 
     def _init(self, unique: int, body: memoryview) -> None:
@@ -295,6 +323,26 @@ class NativeChannel:
         )  # fmt: skip
         self._answer(unique, 0, (out,))
         log.debug("FUSE agreed upon", kernel=f"{major}.{minor}", flags=str(flags))
+
+
+class _Waiting(NamedTuple):
+    """A request that is not answered yet. *since_s*: time of the event loop when it came."""
+
+    request: Request
+    signal: Interrupt
+    work: Coroutine[Any, Any, Any]
+    since_s: float
+
+    def described(self) -> str:
+        """What it is, of whom, and where in this program it waits."""
+        request = self.request
+        place = "?"
+        inner: Any = self.work
+        while inner is not None and (frame := getattr(inner, "cr_frame", None)) is not None:
+            if "mxfs" in frame.f_globals["__name__"]:  # and not deep in asyncio
+                place = f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
+            inner = inner.cr_await
+        return f"{Opcode(request.opcode).name} of inode {request.nodeid} for thread {request.ctx.pid} at {place}"
 
 
 _LOCK_REQUESTS = frozenset({Opcode.GETLK, Opcode.SETLK, Opcode.SETLKW})

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -184,12 +185,22 @@ class Lab:
 
     def logs(self, lines: int = 40) -> str:
         """Return the last lines of every node's log, for a failing test's report."""
-        parts = []
-        for log in sorted(self.folder.glob(".lab/*/**/*.log")):
-            with contextlib.suppress(OSError):
-                tail = log.read_text(errors="replace").splitlines()[-lines:]
-                parts.append(f"--- {log}\n" + "\n".join(tail))
-        return "\n".join(parts)
+        return node_logs(self.folder, lines)
+
+
+def node_logs(folder: Path, lines: int = 40) -> str:
+    """Return the last lines of every log of the lab in *folder*."""
+    parts = []
+    for log in sorted(folder.glob(".lab/*/**/*.log")):
+        with contextlib.suppress(OSError):
+            tail = log.read_text(errors="replace").splitlines()[-lines:]
+            parts.append(f"--- {log}\n" + "\n".join(tail))
+    return "\n".join(parts)
+
+
+def kernel_wait(thread: threading.Thread) -> str:
+    """Where in the kernel a thread of this process waits."""
+    return Path(f"/proc/self/task/{thread.native_id}/wchan").read_text() if thread.native_id else "not started"
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from labkit import Lab
+from labkit import Lab, kernel_wait, node_logs
 
 pytestmark = pytest.mark.needs_lab
 Work = dict[str, Path]
@@ -81,7 +81,7 @@ class Load:
         """Run the threads for the length of a with block; they have all ended after it."""
         bodies = (self.append, self.names, self.exclusive)
         threads = [
-            threading.Thread(target=self._forever, args=(node, body), daemon=True)
+            threading.Thread(target=self._forever, args=(node, body), name=f"{node} {body.__name__}", daemon=True)
             for node in self.work
             for body in bodies
         ]
@@ -93,9 +93,10 @@ class Load:
             self.stop.set()
             for thread in threads:
                 thread.join(60)
-            hanging = [thread.name for thread in threads if thread.is_alive()]
+            hanging = {thread.name: kernel_wait(thread) for thread in threads if thread.is_alive()}
             if hanging:
                 self.errors.append(f"still blocked after 60 s: {hanging}")
+                print(node_logs(self.work["n1"].parents[1]))
 
     def wait_for_work(self, each: int) -> None:
         """Wait until every node has done *each* more operations."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from labkit import Lab
+from labkit import Lab, kernel_wait
 
 CELL = struct.Struct("<QQ")
 MASK = (1 << 64) - 1
@@ -108,16 +108,12 @@ def watched(shared: Shared, threads: list[threading.Thread]) -> None:
             last, since = shared.progress, time.monotonic()
         elif time.monotonic() - since > STALL_S:
             faulthandler.dump_traceback(all_threads=True)
-            waits = {t.name: _kernel_wait(t) for t in threads if t.is_alive()}
+            waits = {t.name: kernel_wait(t) for t in threads if t.is_alive()}
             shared.fail(f"no operation ended for {STALL_S:.0f} s in round {shared.rounds}: deadlock; {waits}")
     for thread in threads:
         thread.join(STALL_S)
         if thread.is_alive():
-            shared.wrong.append(f"{thread.name} hangs in {_kernel_wait(thread)}")
-
-
-def _kernel_wait(thread: threading.Thread) -> str:
-    return Path(f"/proc/self/task/{thread.native_id}/wchan").read_text() if thread.native_id else "not started"
+            shared.wrong.append(f"{thread.name} hangs in {kernel_wait(thread)}")
 
 
 class Case:

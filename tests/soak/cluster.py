@@ -18,7 +18,7 @@ from mxfs_proto.errors import MxfsError
 from mxfsd import control, mountinfo, procs, rundir
 from mxfsd.lab.lab import Lab
 from mxfsd.lab.state import STOPPED, Paths, updating
-from tests.soak.load import THREADS, Config
+from tests.soak.load import NOW, THREADS, Config
 from tests.soak.oracle import Life, Table
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -225,6 +225,22 @@ class Cluster:
             raise Broken(f"the check on {node} ended with {process.returncode}")
         found: dict[str, Any] = json.loads(said)
         return found
+
+    def probe(self, generation: Generation) -> str:
+        """What is to be seen of the file whose map ended a load with SIGBUS, in other ways."""
+        path, block = (self.oracle / generation.name / NOW).read_text().split("\n")[:2]
+        process = self._on_node(
+            generation.node,
+            [sys.executable, "-m", "tests.soak.probe", path, block],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            said, _ = process.communicate(timeout=COMMAND_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return f"{path}: no answer"
+        return said.decode().rstrip()
 
     # -- a mount that has ended by itself --------------------------------------------------------------------------
 

@@ -24,6 +24,9 @@ from tests.soak.oracle import BLOCK, BLOCKS, FILES, LINE, LINES_AT, NAMES_AT, SL
 LOG_BYTES = 256 << 10
 """A common log is left for the next one when it has grown so long."""
 STATIC_BLOCKS = 8
+NOW = "mapped.now"
+"""What a load reads through a map just now: path and block, a line each. A bad page ends it without a word."""
+NOW_BYTES = 512
 HELD_BLOCKS = 4
 
 
@@ -464,6 +467,7 @@ class Mapped(Worker):
 
     def prepare(self) -> None:
         self.maps: list[tuple[mmap.mmap, str, int, int]] = []
+        self.now = os.open(self.load.folder / NOW, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
 
     def work(self) -> None:
         if len(self.maps) < 4:
@@ -473,6 +477,9 @@ class Mapped(Worker):
         for mapped, generation, cell, version in self.maps:
             at = self.rng.randrange(STATIC_BLOCKS)
             what = f"static{cell}.v{version} of {generation}, mapped on n{self.load.config.node}"
+            os.pwrite(
+                self.now, f"{static_path(self.load.root, generation, cell, version)}\n{at}\n".ljust(300).encode(), 0
+            )
             with self.asking(what):
                 data = mapped[at * BLOCK : (at + 1) * BLOCK]
             found = oracle.version_of(data, generation, cell, what)

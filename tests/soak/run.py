@@ -1,6 +1,7 @@
 """One soak: a lab, the load, event after event, and the verdict."""
 
 import shutil
+import signal
 import statistics
 import time
 from collections.abc import Callable
@@ -68,6 +69,8 @@ class Soak:
         self.cluster.watch = self._watch
         self._excused: list[tuple[str, float, float]] = []
         self._pending: list[tuple[Generation, str]] = []
+        self._told: set[int] = set()
+        """Processes of the load whose end has been noted."""
 
     def violated(self, what: str) -> None:
         """Something is not as it must be."""
@@ -178,8 +181,11 @@ class Soak:
                     self._pending.append((generation, describe(note)))
         for generation in cluster.live.values():
             for process in generation.processes:
-                if process.poll() is not None and generation.table.life is Life.LIVE:
+                if process.poll() is not None and generation.table.life is Life.LIVE and process.pid not in self._told:
+                    self._told.add(process.pid)
                     self._pending.append((generation, f"the load of {generation.name} ended: {process.returncode}"))
+                    if process.returncode == -signal.SIGBUS:
+                        self.say(cluster.probe(generation))
             if stuck and generation.table.life is Life.LIVE:
                 for waits in generation.stuck(int(cluster.now_s() * 1000), STUCK_MS):
                     raise Broken(waits)

@@ -9,11 +9,13 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 from pyfuse3 import FileInfo, FUSEError
 
 from mxfs_fuse.callers import caller, interrupt
+from mxfs_fuse.channel import native
 from mxfs_fuse.channel.native import NativeChannel, mount_words
 from mxfs_fuse.channel.replies import Listing, NativeReplies, attr_out
 from mxfs_proto import fuse
@@ -249,6 +251,23 @@ async def test_interrupt_ends_a_wait(kernel: Kernel) -> None:
     assert (await kernel.answer())[:2] == (unique, errno.EINTR)
     kernel.send(Opcode.INTERRUPT, fuse.INTERRUPT_IN.pack(unique))  # too late: nothing happens
     assert (await kernel.ask(Opcode.LOOKUP, b"name\0"))[0] == 0
+
+
+async def test_what_waits_for_long_is_named_once(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    unique = kernel.send(Opcode.LOOKUP, b"wait\0", nodeid=9)
+    await asyncio.sleep(0.05)
+    with structlog.testing.capture_logs() as logs:
+        kernel.channel.name_long_waits()
+        assert not logs
+        monkeypatch.setattr(native, "_LONG_S", 0.01)
+        kernel.channel.name_long_waits()
+        kernel.channel.name_long_waits()
+        kernel.operations.gate.set()
+        assert (await kernel.answer())[0] == unique
+        kernel.channel.name_long_waits()
+    (line,) = logs
+    assert (line["event"], line["count"]) == ("requests wait for long", 1)
+    assert line["first"][0].startswith("LOOKUP of inode 9 for thread 30 at requests.py:")
 
 
 async def test_the_caller_is_known_while_an_operation_waits(kernel: Kernel) -> None:
