@@ -169,7 +169,7 @@ class FileIO:
             state.locks.report_opens(node)
         if last and state.nodes.get(ino) is node:
             if state.lower is not None:
-                if mode == _EX and not state.readonly:
+                if state.may_free(ino) and not state.readonly:
                     state.lower.reap(node.fid)
             elif node.attr is not None and node.attr.nlink == 0:
                 state.reap(node.fid)

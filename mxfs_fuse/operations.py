@@ -584,7 +584,7 @@ class Operations(pyfuse3.Operations):
             await state.pass_gate()
         if state.lower is not None and state.may_change(parent.fid.ino):
             attr = state.lower.lookup(parent.fid, name)
-            if state.may_change(attr.ino):
+            if state.may_free(attr.ino):
                 state.check_writable()
                 state.lower.unlink(parent.fid, name, self._local_victim(attr))
                 state.changed(parent.fid.ino, attr.ino)
@@ -701,7 +701,7 @@ class Operations(pyfuse3.Operations):
         except FileNotFoundError:
             target = None
         touched = [source.ino] + ([target.ino] if target is not None else [])
-        if not all(state.may_change(ino) for ino in touched):
+        if not state.may_change(source.ino) or (target is not None and not state.may_free(target.ino)):
             return False
         state.check_writable()
         replaced = target if target is not None and not flags and target.ino != source.ino else None

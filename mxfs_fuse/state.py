@@ -12,6 +12,7 @@ from mxfs_fuse.link import OperationLink
 from mxfs_fuse.locks import LockClient
 from mxfs_fuse.nodes import Node
 from mxfs_proto.frames import ReclaimEntry
+from mxfs_proto.lockflags import LockFlag
 from mxfs_proto.modes import LockMode
 from mxfs_proto.ops import Attr, Fid, Grant, Op
 from mxfs_proto.records import Record
@@ -22,6 +23,7 @@ from mxfsd.io.lower import Lower
 _FUSE_ROOT = 1
 _PR = LockMode.PR
 _EX = LockMode.EX
+_OTHERS = LockFlag.OTHER_OPEN | LockFlag.OTHER_WRITER
 _DIRTY_MAX = 1 << 16
 _POLL_S = 0.001
 
@@ -131,6 +133,10 @@ class State:
     def may_change(self, ino: int) -> bool:
         """Whether a lock is held under which a change on the home needs nobody."""
         return self.locks.mode(ino) == _EX
+
+    def may_free(self, ino: int) -> bool:
+        """Whether, besides, no other node has it open: then this node alone decides what becomes of the last name."""
+        return self.locks.mode(ino) == _EX and not self.locks.cache.flags(ino) & _OTHERS
 
     def granted(self, grants: Iterable[Grant], ino: int) -> bool:
         """Whether a reply came with the lock on *ino* that is held now: then what it says may be kept."""

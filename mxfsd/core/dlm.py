@@ -233,6 +233,7 @@ class LockMaster:
         self._served = True
         out: list[Effect] = []
         for rec in list(self._records.values()):
+            self._tell_others(rec, out)
             self._maybe_drop(rec, now_ms, out)
         return out
 
@@ -447,6 +448,15 @@ class LockMaster:
             hold.seq = self._next()
             hold.at_ms = self._stamp(now_ms)
         return hold
+
+    def _tell_others(self, rec: Record, out: list[Effect]) -> None:
+        """Grant EX again on a file that others have open: they may have said so after the holder had its lock, and it
+        must not free the file when its last name goes."""
+        for hold in rec.held if rec.opens else ():
+            others = self._others(rec, hold.node)
+            if others and hold.mode is _EX:
+                hold.seq = self._next()
+                out.append(Grant(hold.node, 0, rec.ino, hold.mode, hold.seq, FLAGS[others | _RECLAIM]))
 
     def _set_opens(self, rec: Record, node: int, opens: Opens, register: bool = True) -> None:
         """Note counts newer than those of the node's queued OPEN requests, which they replace."""

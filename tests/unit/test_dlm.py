@@ -413,6 +413,17 @@ def test_the_homes_own_opens_are_reclaimed_too() -> None:
     assert grant(dlm.request(2, 2, 1, 7, PR, OPEN, (2, 0))).mode is NL
 
 
+def test_who_has_ex_learns_in_the_end_what_others_have_open() -> None:
+    dlm = master(home=1)
+    first = grant(dlm.reclaim(0, 1, 7, EX, NONE))
+    assert first.flags == LockFlag.RECLAIM
+    assert dlm.reclaim(0, 2, 7, NL, (1, 0)) == []  # uncached, beside a writer that kept its lock
+    told = grant(dlm.grace_over(1))
+    assert (told.node, told.mode, told.flags) == (1, EX, LockFlag.RECLAIM | OTHER_OPEN)
+    assert told.seq > first.seq
+    assert dlm.seq_of(1, 7) == told.seq
+
+
 def test_counts_without_open_mean_nothing() -> None:
     dlm = master()
     dlm.request(0, 1, 1, 7, PR, OPEN, (1, 0))
