@@ -108,8 +108,11 @@ class LockClient:
         return await future
 
     def report_opens(self, node: Node) -> None:
-        """Tell the master the open counts of a file on which this node holds no lock that hides them."""
-        if node.opens != node.registered:
+        """Tell the master the open counts of a file on which this node holds no lock that hides them.
+
+        Not while a home is told all (resume() makes up for it): the two would come in any order.
+        """
+        if not self.reclaiming and node.opens != node.registered:
             node.registered = node.opens
             self._send(Opens(node.fid.ino, node.opens_r, node.opens_w, LockFlag.NONE))
 
@@ -212,7 +215,8 @@ class LockClient:
         self.suspended = self.reclaiming = False
         self.run(self.cache.resend(now_ms()))
         for node in self._nodes.values():
-            if node.opens != node.registered and not covers(self.mode(node.fid.ino), LockMode.PR):
+            hidden = covers(self.mode(node.fid.ino), LockMode.PR) and node.opens != (0, 0)
+            if node.opens != node.registered and not hidden:
                 self.report_opens(node)
 
     # -- invalidation ----------------------------------------------------------------------------------------------

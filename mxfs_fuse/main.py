@@ -375,7 +375,7 @@ class Server:
             self._on_status(record)
         elif isinstance(record, RecoveryStart):
             if record.node:
-                self._reclaim(record.epoch)
+                self._reclaim(record.epoch, record.number)
             else:
                 self._freeze()
         elif isinstance(record, RecoveryDone):
@@ -476,8 +476,8 @@ class Server:
         if self._conn is not None:
             self._conn.send(FrameType.FREEZE, [pack_json({})])
 
-    def _reclaim(self, epoch: int) -> None:
-        """Every message of the old home has come: say what this node holds and has open."""
+    def _reclaim(self, epoch: int, number: int) -> None:
+        """Every message of the old home has come: say what this node holds and has open. *number*: of the question."""
         state = self.state
         assert state is not None and self.operations is not None
         if self._conn is None:
@@ -490,10 +490,10 @@ class Server:
         state.locks.cache.set_implicit(False)
         state.locks.cache.new_epoch(first_seq(epoch))
         for at in range(0, len(rows), _RECLAIM_ROWS):
-            self._conn.send(FrameType.RECLAIM, [pack_reclaim(rows[at : at + _RECLAIM_ROWS])], epoch=epoch)
+            self._conn.send(FrameType.RECLAIM, [pack_reclaim(rows[at : at + _RECLAIM_ROWS])], epoch, seq=number)
         for payload in tables:
-            self._conn.send(FrameType.RECLAIM_LOCKS, [payload], epoch=epoch)
-        self._conn.send(FrameType.RECLAIM_DONE, [pack_json({"rows": len(rows)})], epoch, state.link.session)
+            self._conn.send(FrameType.RECLAIM_LOCKS, [payload], epoch, seq=number)
+        self._conn.send(FrameType.RECLAIM_DONE, [pack_json({"rows": len(rows)})], epoch, state.link.session, number)
 
     def _go_on(self) -> None:
         """Both halves of a resumption are here."""

@@ -21,7 +21,7 @@ import structlog
 from mxfs_proto.errors import MxfsError
 from mxfs_proto.frames import Frame, FrameType, pack_json, unpack_json
 from mxfs_proto.ondisk import volume_id
-from mxfs_proto.records import DaemonReady, Record, RecoveryDone, RecoveryStart
+from mxfs_proto.records import DaemonReady, LockRecord, Record, RecoveryDone, RecoveryStart
 from mxfsd import rundir
 from mxfsd.caches import DESCRIPTORS
 from mxfsd.io.netlink import NetlinkEndpoint
@@ -30,6 +30,7 @@ from mxfsd.io.unixconn import UnixFrameConnection, UnixFrameServer
 log = structlog.get_logger(__name__)
 
 SOCKET_NAME = "daemon.sock"
+_RECLAIMS = frozenset({FrameType.RECLAIM, FrameType.RECLAIM_LOCKS, FrameType.RECLAIM_DONE})
 _LOST_S = 1.0
 
 
@@ -67,6 +68,9 @@ class FuseLink:
         self.gone = asyncio.Event()
         self._cache_fds: list[int] = []
         self._resumed = False
+        self._freezes = 0
+        self._reclaims = False
+        """It has been asked to name what it holds, and operations do not go on yet."""
         self._netlink_ended = False
         self._leaving = False
         self.pid = 0
@@ -245,15 +249,22 @@ class FuseLink:
             self._gone(str(unpack_json(frame.payload).get("reason", "the FUSE layer failed")))
         elif frame.type is FrameType.FUSE_BYE:
             self._gone("unmounted")
+        elif frame.type in _RECLAIMS and frame.seq != self._freezes:
+            pass  # it answers what was asked for an earlier home or connection, perhaps in part only
         else:
             self._on_frame(frame)
+
+    def _took(self, record: Record) -> None:
+        """A record of the FUSE layer. What it sent before it named what it holds is no news, perhaps wrong."""
+        if not (self._reclaims and isinstance(record, LockRecord)):
+            self._on_record(record)
 
     def _greet(self) -> None:
         if self._welcome is None or self._hello is None or self._conn is None or self._netlink is not None:
             return
         if self._netlink_ended:
             return
-        self._netlink = NetlinkEndpoint(self._on_record, volume_id(self._volume.bytes), on_lost=self._netlink_lost)
+        self._netlink = NetlinkEndpoint(self._took, volume_id(self._volume.bytes), on_lost=self._netlink_lost)
         portid = self._netlink.open()
         self._netlink.connect(int(self._hello["portid"]))
         self._conn.send(FrameType.WELCOME, [pack_json({**self._welcome, "portid": portid})])
@@ -292,15 +303,18 @@ class FuseLink:
             self._conn.send(kind, parts, epoch=epoch, session=session, seq=seq, fds=fds)
 
     def freeze(self, epoch: int, home: int) -> None:
-        """New operations wait from now on (RECOVERY_START of the epoch that ends)."""
+        """New operations wait from now on (RECOVERY_START of the epoch that ends); what is held is named to *home*."""
         self._resumed = False
-        self.record(RecoveryStart(epoch, home))
+        self._reclaims = home != 0
+        self._freezes += 1
+        self.record(RecoveryStart(epoch, home, self._freezes))
 
     def resume(self, epoch: int, home: int, implicit: bool, recorded: list[int], mount_fd: int) -> None:
         """Go on under *epoch*. On the home: *mount_fd* is the lower mount, *recorded* what others hold locks on."""
         if self._resumed:
             return
         self._resumed = True
+        self._reclaims = False
         fields = {"epoch": epoch, "home": home, "implicit": implicit}
         self.frame(FrameType.RECLAIM, [struct.pack(f"!{len(recorded)}Q", *recorded)], epoch=epoch)
         self.frame(FrameType.RESUME, [pack_json(fields)], epoch=epoch, fd=mount_fd)

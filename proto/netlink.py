@@ -177,7 +177,7 @@ COMMANDS: Final[dict[Command, Spec]] = {
         StatusReq, (("sent", "SENT"), ("received", "RECEIVED"), ("resend", "FLAGS"))
     ),
     Command.STATUS_RESP: Spec(StatusResp, (("sent", "SENT"), ("received", "RECEIVED"))),
-    Command.RECOVERY_START: Spec(RecoveryStart, (("epoch", "EPOCH"), ("node", "NODE"))),
+    Command.RECOVERY_START: Spec(RecoveryStart, (("epoch", "EPOCH"), ("node", "NODE"), ("number", "REQ_ID"))),
     Command.RECOVERY_DONE: Spec(RecoveryDone, (("epoch", "EPOCH"), ("node", "NODE"))),
     Command.DAEMON_READY: Spec(
         DaemonReady,

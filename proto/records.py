@@ -143,10 +143,13 @@ class StatusResp:
 
 @dataclass(frozen=True, slots=True)
 class RecoveryStart:
-    """The home *node* is lost or leaving: hold new operations back. *epoch* is the one that ends."""
+    """The home is lost or leaving: hold new operations back. *epoch* is the one that ends; *node*: the home to name to
+    what is held and open, 0: none yet. *number* counts these records of a daemon: the reclaims that answer one carry it
+    as their frames' sequence, so that those that answer an earlier one are not taken for them."""
 
     epoch: int
     node: int
+    number: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,7 +57,7 @@ EXAMPLES = [
     nl.VolumeUmount(bytes(range(16)), 4711),
     nl.StatusReq(20, 19, True),
     nl.StatusResp(20, 19),
-    nl.RecoveryStart(5, 1),
+    nl.RecoveryStart(5, 1, 9),
     nl.RecoveryDone(6, 2),
     nl.DaemonReady(4711, 2, 6, 1, bytes(range(16))),
 ]

@@ -22,9 +22,10 @@ from mxfs_fuse.nextdaemon import NextDaemon
 from mxfs_fuse.state import State
 from mxfs_proto.errors import MxfsError, PeerError, Refusal
 from mxfs_proto.frames import Frame, FrameType, pack_json, unpack_json
+from mxfs_proto.lockflags import LockFlag
 from mxfs_proto.ondisk import SlotState, volume_id
 from mxfs_proto.ops import Fid, Op
-from mxfs_proto.records import DaemonReady, Record, RecoveryStart
+from mxfs_proto.records import DaemonReady, Opens, Record, RecoveryStart
 from mxfsd import greeting, reattach, rundir
 from mxfsd.fuselink import FuseLink
 from mxfsd.io.netlink import NetlinkEndpoint
@@ -133,9 +134,19 @@ class Link:
         self.gone: list[str] = []
         self.frames: list[Frame] = []
         self.records: list[Record] = []
-        self.link = FuseLink(folder, VOLUME, lambda _frame: None, lambda _record: None, self.gone.append)
+        self.taken: list[tuple[FrameType, int]] = []
+        self.said: list[Record] = []
+        self.link = FuseLink(folder, VOLUME, self._frame, self.said.append, self.gone.append)
         self.netlink = NetlinkEndpoint(self.records.append, volume_id(VOLUME.bytes))
         self.conn: UnixFrameConnection | None = None
+
+    def _frame(self, frame: Frame) -> None:
+        self.taken.append((frame.type, frame.seq))
+
+    def reclaim(self, number: int, *kinds: FrameType) -> None:
+        assert self.conn is not None
+        for kind in kinds:
+            self.conn.send(kind, [b""], 5, 0, number)
 
     async def adopt(self, limit_s: float = 5) -> None:
         mine = rundir.process(os.getpid())
@@ -186,7 +197,37 @@ async def test_an_older_fuse_layer_is_welcomed_and_asked_what_it_holds(tmp_path:
         both.netlink.connect(int(welcome["portid"]))
         await until(lambda: len(both.records) == 2)
         assert isinstance(both.records[0], DaemonReady)
-        assert both.records[1] == RecoveryStart(5, 1)  # nothing is served before it has named its locks
+        assert both.records[1] == RecoveryStart(5, 1, 1)  # nothing is served before it has named its locks
+    finally:
+        both.close()
+
+
+async def test_what_answers_an_earlier_question_is_not_taken_for_the_answer(tmp_path: Path) -> None:
+    """The connection to the home was lost in the middle of the reclaims, and is there again: the rest of them alone
+    would say that this node holds, and has open, next to nothing."""
+    both = Link(tmp_path)
+    try:
+        adopting = asyncio.create_task(both.adopt())
+        await until(lambda: (tmp_path / "daemon.sock").exists())
+        both.dial(node=3, incarnation=7)
+        await adopting
+        both.link.welcome({"node": 3, "epoch": 5, "home": 1})
+        await until(lambda: both.frames)
+        both.netlink.connect(int(unpack_json(both.frames[0].payload)["portid"]))
+        both.link.freeze(5, 1)
+        await until(lambda: len(both.records) == 3)
+        assert both.records[1:] == [RecoveryStart(5, 1, 1), RecoveryStart(5, 1, 2)]
+        both.netlink.send(Opens(99, 0, 0, LockFlag.NONE))  # said before the question came
+        both.reclaim(1, FrameType.RECLAIM, FrameType.RECLAIM_DONE)
+        both.reclaim(2, FrameType.RECLAIM, FrameType.RECLAIM_DONE)
+        await until(lambda: (FrameType.RECLAIM_DONE, 2) in both.taken)
+        assert both.taken == [(FrameType.RECLAIM, 2), (FrameType.RECLAIM_DONE, 2)]
+        await asyncio.sleep(0.05)
+        assert both.said == []
+        both.link.resume(5, 1, False, [], -1)
+        both.netlink.send(Opens(99, 1, 0, LockFlag.NONE))
+        await until(lambda: both.said)
+        assert both.said == [Opens(99, 1, 0, LockFlag.NONE)]
     finally:
         both.close()
 
@@ -202,9 +243,9 @@ async def test_nothing_is_sent_to_a_fuse_layer_whose_socket_is_gone(tmp_path: Pa
         both.link.welcome({"node": 3, "epoch": 5, "home": 1})
         both.netlink.close()
         for _ in range(3):  # the first finds out
-            both.link.record(RecoveryStart(5, 1))
+            both.link.record(RecoveryStart(5, 1, 1))
         await asyncio.sleep(0)
-        both.link.record(RecoveryStart(5, 1))
+        both.link.record(RecoveryStart(5, 1, 1))
     finally:
         both.close()
 
