@@ -15,7 +15,7 @@ import pytest
 
 from mxfs_proto.errors import IoFailure, MisuseError, MxfsError, PeerError
 from mxfs_proto.frames import MAX_PAYLOAD, Frame, FrameType, encode_header
-from mxfsd.io import stream
+from mxfsd.io import peers, stream
 from mxfsd.io.certs import NodeContexts, PeerIdentity, VolumeKeys, make_contexts
 from mxfsd.io.peers import PeerConnection, PeerServer, connect_peer
 from mxfsd.io.stream import FrameConnection
@@ -312,6 +312,29 @@ async def test_clear_text_and_silence_are_refused() -> None:
         except ConnectionResetError:
             pass
     server.close()
+
+
+async def test_a_lost_syn_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel would repeat it after 1, 2, 4 s: each attempt is a new connection, and the old one is closed."""
+    begun: list[socket.socket] = []
+
+    async def connect_once(_address: str, _port: int, _local: str | None) -> socket.socket:
+        begun.append(socket.socket())
+        try:
+            if len(begun) < 3:
+                await asyncio.get_running_loop().create_future()
+        except BaseException:
+            begun[-1].close()
+            raise
+        return begun[-1]
+
+    monkeypatch.setattr(peers, "_tcp_connect_once", connect_once)
+    monkeypatch.setattr(peers, "_SYN_S", 0.01)
+    async with asyncio.timeout(5):
+        found = await peers._tcp_connect("127.0.0.1", 9, None)
+    assert found is begun[2]
+    assert [sock.fileno() for sock in begun[:2]] == [-1, -1]
+    found.close()
 
 
 async def test_nobody_answers() -> None:

@@ -298,6 +298,17 @@ def test_denied_reclaim_drops_the_lock() -> None:
     assert cache.on_deny(1, 0, 7, 16) == [Invalidate(7, NL)]
 
 
+def test_a_home_that_drops_all_does_not_take_what_it_gave_away_for_its_own() -> None:
+    """Where it has no entry it holds EX implicitly."""
+    cache = LockCache(True)
+    effects = cache.on_bast(0, 7, 5, PR)
+    assert effects == [Invalidate(7, PR)]
+    assert cache.invalidated(0, 7) == [SendRelease(7, 5, PR, (0, 0))]
+    assert (cache.mode(7), cache.mode(8)) == (PR, EX)
+    assert cache.drop_all() == [7]
+    assert (cache.mode(7), cache.mode(8)) == (NL, EX)
+
+
 def test_drop_all() -> None:
     cache = held(PR)
     cache.adopt(0, 8, EX, 6)
