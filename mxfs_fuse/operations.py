@@ -630,7 +630,7 @@ class Operations(pyfuse3.Operations):
             if state.may_change(attr.ino):
                 state.check_writable()
                 state.lower.rmdir(parent.fid, name)
-                state.lower.forget(Fid(attr.ino, attr.gen))
+                state.lower.forget(attr.ino)
                 state.changed(parent.fid.ino)
                 return
         state.own_change(parent)
@@ -707,7 +707,7 @@ class Operations(pyfuse3.Operations):
         replaced = target if target is not None and not flags and target.ino != source.ino else None
         lower.rename(old.fid, name_old, new.fid, name_new, flags, self._local_victim(replaced) if replaced else None)
         if replaced is not None and stat.S_ISDIR(replaced.mode):
-            lower.forget(Fid(replaced.ino, replaced.gen))
+            lower.forget(replaced.ino)
         state.changed(old.fid.ino, new.fid.ino, *touched)
         if replaced is not None and not stat.S_ISDIR(replaced.mode):
             self._link_lost(replaced.nlink)

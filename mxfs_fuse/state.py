@@ -181,9 +181,8 @@ class State:
     def _lock_lost(self, ino: int) -> None:
         """Another node may change, or remove, this object: keep no descriptor that would hold it."""
         self.losses += 1
-        node = self.nodes.get(ino)
-        if node is not None and self.lower is not None:
-            self.lower.forget(node.fid)
+        if self.lower is not None:
+            self.lower.forget(ino)
 
     def held_rows(self) -> list[ReclaimEntry]:
         """What this node holds and has open, for the next home. What was held implicitly (this was the home) is named

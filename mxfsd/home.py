@@ -235,6 +235,7 @@ class HomeService:
         self.bytes_read = 0
         self.bytes_written = 0
         self.file_locks = FileLockOps(self, master)
+        master.on_home_alone = self._keep_no_descriptor
         self._handlers: dict[Op, Callable[..., Awaitable[list[Any]]]] = self.file_locks.handlers()
         for op in Op:
             if op not in self._handlers:
@@ -626,7 +627,7 @@ class HomeService:
     def _gone(self, attr: Attr, keep: Fid | None) -> None:
         """An object lost a name: where that was its last, close what this process has of it."""
         if keep is None and (attr.nlink == 1 or stat.S_ISDIR(attr.mode)):
-            self.lower.forget(Fid(attr.ino, attr.gen))
+            self.lower.forget(attr.ino)
             self._unstable.pop(attr.ino, None)
 
     async def _rmdir(self, c: _Context, ino: int, gen: int, name: bytes) -> list[Any]:
@@ -688,7 +689,13 @@ class HomeService:
         c.seen.append(ino)
         data = os.pread(self.lower.file_fd(Fid(ino, gen)), min(size, MAX_DATA), offset)
         self.bytes_read += len(data)
+        self._keep_no_descriptor(ino)
         return [data]
+
+    def _keep_no_descriptor(self, ino: int) -> None:
+        """The home's own FUSE layer may free what nobody else has a lock on, and nobody would hear of it."""
+        if ino not in self.master:
+            self.lower.forget(ino)
 
     async def _write(self, c: _Context, ino: int, gen: int, offset: int, flags: int, data: bytes) -> list[Any]:
         return [*await self._put(c, Fid(ino, gen), flags, [(offset, data)])]
@@ -721,6 +728,7 @@ class HomeService:
                 self.bytes_written += total
         if flags & WriteFlag.KILL_PRIV:
             kill_priv(fd)
+        self._keep_no_descriptor(fid.ino)
         if stable:
             await self._commit_stable(c, fid)
             self._end(c, [placed, total] if c.request.op is Op.WRITE else [total], fid)

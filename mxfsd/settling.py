@@ -171,7 +171,7 @@ def _undo(lower: Lower, intent: Intent, now: Now) -> None:
             lower.rmdir(parent, values[2])
         else:
             lower.unlink(parent, values[2], None)
-        lower.forget(Fid(now.first.ino, now.first.gen))
+        lower.forget(now.first.ino)
     else:
         fid = Fid(values[0], values[1])
         try:

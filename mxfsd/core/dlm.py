@@ -17,7 +17,7 @@ need the operation's end before it can give that lock up.
 Errors: MisuseError for a call that contradicts the state (nothing is changed then).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from errno import EAGAIN, EBUSY, ECANCELED, ENOTCONN
 
 from mxfs_proto.errors import MisuseError
@@ -84,6 +84,8 @@ class LockMaster:
         self._grace = False
         self._served = False
         self._stamped_ms = 0
+        self.on_home_alone: Callable[[int], None] = lambda _ino: None
+        """Called when a resource's record is dropped: from now on the home uses it without asking."""
         self.basts = 0
         """BASTs sent, the repeated ones not counted."""
         self.grants = 0
@@ -366,6 +368,10 @@ class LockMaster:
     def __len__(self) -> int:
         """Return the number of records."""
         return len(self._records)
+
+    def __contains__(self, ino: int) -> bool:
+        """Whether the resource has a record; without one the home uses it without asking."""
+        return ino in self._records
 
     @property
     def home(self) -> int | None:
@@ -656,3 +662,4 @@ class LockMaster:
                 out.append(Grant(home, 0, rec.ino, _EX, self._next(), FLAGS[_UNASKED]))
         if self._records.pop(rec.ino, None) is not None:
             self._lingering.pop(rec.ino, None)
+            self.on_home_alone(rec.ino)

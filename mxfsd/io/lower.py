@@ -55,28 +55,31 @@ class _FdCache:
 
     def __init__(self, cap: int) -> None:
         self._cap = cap
-        self._fds: OrderedDict[Fid, int] = OrderedDict()
+        self._fds: OrderedDict[int, tuple[int, int]] = OrderedDict()
+        """Generation and descriptor, by inode number."""
 
     def get(self, fid: Fid) -> int | None:
-        fd = self._fds.get(fid)
-        if fd is not None:
-            self._fds.move_to_end(fid)
-        return fd
+        found = self._fds.get(fid[0])
+        if found is None or found[0] != fid[1]:
+            return None
+        self._fds.move_to_end(fid[0])
+        return found[1]
 
     def put(self, fid: Fid, fd: int) -> int:
-        self._fds[fid] = fd
+        self.drop(fid[0])
+        self._fds[fid[0]] = (fid[1], fd)
         if len(self._fds) > self._cap:
-            os.close(self._fds.popitem(last=False)[1])
+            os.close(self._fds.popitem(last=False)[1][1])
         return fd
 
-    def drop(self, fid: Fid) -> None:
-        fd = self._fds.pop(fid, None)
-        if fd is not None:
-            os.close(fd)
+    def drop(self, ino: int) -> None:
+        found = self._fds.pop(ino, None)
+        if found is not None:
+            os.close(found[1])
 
     def clear(self) -> None:
         while self._fds:
-            os.close(self._fds.popitem()[1])
+            os.close(self._fds.popitem()[1][1])
 
 
 class Lower:
@@ -143,10 +146,10 @@ class Lower:
         """Open a regular file; the caller owns the descriptor."""
         return libc.open_by_handle(self.mount_fd, fid[0], fid[1], flags | os.O_NOFOLLOW)
 
-    def forget(self, fid: Fid) -> None:
+    def forget(self, ino: int) -> None:
         """Close cached descriptors of an object that is gone or that another process may remove."""
-        self._dirs.drop(fid)
-        self._files.drop(fid)
+        self._dirs.drop(ino)
+        self._files.drop(ino)
 
     @contextmanager
     def _path_fd(self, fid: Fid) -> Iterator[int]:
@@ -348,7 +351,7 @@ class Lower:
 
     def reap(self, fid: Fid) -> None:
         """Free an orphan; nothing happens where it is none."""
-        self.forget(fid)
+        self.forget(fid.ino)
         try:
             os.unlink(_ORPHANS + b"/" + orphan_name(fid), dir_fd=self.mount_fd)
         except FileNotFoundError:

@@ -452,6 +452,31 @@ async def test_the_closing_node_reaps(home: Home, lower: GatedLower, base: Fid) 
     assert lower.names(base) == [b"other"], "what is no orphan is not freed"
 
 
+def open_here(lower: GatedLower, fid: Fid) -> bool:
+    """Whether this process has a descriptor of the file."""
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            found = os.stat(f"/proc/self/fd/{name}")
+        except FileNotFoundError:
+            continue
+        if (found.st_ino, found.st_dev) == (fid.ino, os.fstat(lower.mount_fd).st_dev):
+            return True
+    return False
+
+
+async def test_no_descriptor_stays_of_what_the_home_may_free(home: Home, lower: GatedLower, base: Fid) -> None:
+    """Its FUSE layer unlinks without a word what nobody else has a lock on."""
+    file = await home.make(B, base, b"file")
+    assert (await home.do(B, Op.WRITE, *file, 0, 0, b"data")).errno == 0
+    for node in (HOME, B):
+        await home.do(node, Op.GETATTR, *file, want_lock=True)
+        assert (await home.do(node, Op.READ, *file, 0, 9)).values == [b"data"]
+        assert open_here(lower, file) == (node == B)
+    home.run(home.master.release(0, B, file.ino, home.master.seq_of(B, file.ino), LockMode.NL, (0, 0)))
+    assert file.ino not in home.master
+    assert not open_here(lower, file)
+
+
 async def test_in_the_grace_period_no_orphan_is_freed(home: Home, lower: GatedLower, base: Fid) -> None:
     file = fid_of((await home.do(A, Op.CREATE, *base, b"file", 0o644, 0)).values[1])
     lower.unlink(base, b"file", file)

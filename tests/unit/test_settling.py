@@ -203,7 +203,7 @@ def test_appended_data_is_cut_off_and_nothing_else(lower: Lower, base: Fid, befo
 def test_what_cannot_be_done_again_is_forgotten(lower: Lower, base: Fid) -> None:
     file = make(lower, base, b"file")
     lower.unlink(base, b"file", None)
-    lower.forget(file)
+    lower.forget(file.ino)
     intended(lower, request(Op.SETATTR, *file, 1, 0o600, 0, 0, 0, 0, 0))
     assert recover(lower)[0].forgotten == 1
 
