@@ -27,7 +27,7 @@ log = structlog.get_logger(__name__)
 
 REPEATABLE = frozenset(
     ("lookup", "getattr", "readlink", "statfs", "getxattr", "listxattr", "open", "opendir", "readdir", "read")
-    + ("fsync", "fsyncdir", "setattr", "setxattr")
+    + ("fsync", "fsyncdir", "setattr", "setxattr", "fallocate", "lseek", "copy_file_range", "ioctl", "btime")
 )
 """Operations that may run twice. Not write: a descriptor with O_APPEND writes somewhere else the second time."""
 _DOWN = frozenset({errno.EIO, errno.ESTALE})

@@ -24,6 +24,7 @@ from mxfs_fuse.filelocks import FileLock, FileLocks, held_of
 from mxfs_fuse.link import OperationError
 from mxfs_fuse.loss import may_be_redone
 from mxfs_fuse.nodes import DirHandle, Handle, Node
+from mxfs_fuse.ranges import Ranges
 from mxfs_fuse.state import State, is_down
 from mxfs_proto.errors import MxfsError
 from mxfs_proto.filelocks import Held
@@ -89,6 +90,7 @@ class Operations(pyfuse3.Operations):
         self.names_callers = True
         """Say ourselves who asks, of the requests that name somebody: a channel of our own does it for all."""
         self.file_locks = FileLocks(state)
+        self.ranges = Ranges(state, self.io.writes)
         self._dirs: dict[int, DirHandle] = {}
         self._next_dir = 0
         self._root_attr: Attr | None = None
@@ -841,6 +843,45 @@ class Operations(pyfuse3.Operations):
     @_errno_boundary
     async def release(self, fh: FileHandleT) -> None:
         await self.io.release(fh)
+
+    # -- what pyfuse3 has no requests for: see ranges.py -----------------------------------------------------------
+
+    @_errno_boundary
+    async def fallocate(self, fh: int, offset: int, length: int, mode: int, ctx: object) -> None:
+        """fallocate(2)."""
+        await self._open_gate()
+        await self.ranges.fallocate(self.io.handles[fh], offset, length, mode)
+
+    @_errno_boundary
+    async def lseek(self, fh: int, offset: int, whence: int, ctx: object) -> int:
+        """lseek(2) with SEEK_DATA or SEEK_HOLE."""
+        await self._open_gate()
+        return await self.ranges.lseek(self.io.handles[fh], offset, whence)
+
+    @_errno_boundary
+    async def copy_file_range(
+        self, fh: int, offset: int, to_fh: int, to_offset: int, length: int, ctx: object
+    ) -> int:  # fmt: skip
+        """copy_file_range(2)."""
+        await self._open_gate()
+        handles = self.io.handles
+        return await self.ranges.copy(handles[fh], offset, handles[to_fh], to_offset, length)
+
+    @_errno_boundary
+    async def ioctl(self, inode: int, command: int, given: bytes, ctx: RequestContext) -> bytes:
+        """ioctl(2) on a file or directory."""
+        await self._open_gate()
+        return await self.ranges.ioctl(self.state.node(inode), command, given, ctx.uid)
+
+    @_errno_boundary
+    async def btime(self, inode: int, ctx: object) -> int:
+        """When the object was made, in nanoseconds since the epoch (statx(2))."""
+        await self._open_gate()
+        return await self.ranges.btime_ns(self.state.node(inode))
+
+    async def _open_gate(self) -> None:
+        if self.state.gate is not None:
+            await self.state.pass_gate()
 
     # -- file locks ------------------------------------------------------------------------------------------------
 

@@ -40,6 +40,7 @@ from mxfsd.core.outcomes import Before, BeforeFlag, takes_intent
 from mxfsd.io.lower import Lower, kill_priv
 from mxfsd.lockops import FileLockOps
 from mxfsd.oprecords import Key, OpRecords, Slot
+from mxfsd.rangeops import RangeOps
 
 INTERNAL_REQ = 1 << 63
 """Set in the request id of a cached lock that the home asks for on a node's behalf, to send it with a reply."""
@@ -235,8 +236,11 @@ class HomeService:
         self.bytes_read = 0
         self.bytes_written = 0
         self.file_locks = FileLockOps(self, master)
-        master.on_home_alone = self._keep_no_descriptor
-        self._handlers: dict[Op, Callable[..., Awaitable[list[Any]]]] = self.file_locks.handlers()
+        master.on_home_alone = self.keep_no_descriptor
+        self._handlers: dict[Op, Callable[..., Awaitable[list[Any]]]] = {
+            **self.file_locks.handlers(),
+            **RangeOps(self).handlers(),
+        }
         for op in Op:
             if op not in self._handlers:
                 self._handlers[op] = getattr(self, "_" + op.name.lower())
@@ -274,7 +278,7 @@ class HomeService:
                     self._failed(context, code)
                 context.unlock()
             # An error tells of what was seen too: that a name is there, or is gone.
-            await self._forced(max(context.ticket, self.forcer.ticket(context.seen)))
+            await self.forced(max(context.ticket, self.forcer.ticket(context.seen)))
         except asyncio.CancelledError:
             if self.frozen and not context.executed:
                 raise Frozen from None
@@ -286,7 +290,8 @@ class HomeService:
         self.executed += 1
         return Outcome(request.op, 0, context.grants, values)
 
-    async def _forced(self, ticket: int) -> None:
+    async def forced(self, ticket: int) -> None:
+        """Wait for a force of the log. Raises LowerFailed."""
         try:
             await self.forcer.wait(ticket)
         except OSError as exc:
@@ -294,13 +299,13 @@ class HomeService:
 
     # -- intents and outcomes --------------------------------------------------------------------------------------
 
-    def _begin(self, c: _Context, before: Before = Before()) -> None:  # noqa: B008 (immutable)
+    def begin(self, c: _Context, before: Before = Before()) -> None:  # noqa: B008 (immutable)
         """The operation is about to change something: write its intent."""
         c.executed = True
         if self.records is not None and c.key is not None and takes_intent(c.request):
             c.intent = self.records.intend(c.key, c.request, before)
 
-    def _end(self, c: _Context, values: list[Any], fid: Fid, *also: int) -> list[Any]:
+    def end(self, c: _Context, values: list[Any], fid: Fid, *also: int) -> list[Any]:
         """It has changed *fid* and *also*: write its outcome, under the locks that it has. Return *values*."""
         if self.records is not None and c.key is not None:
             self._record(c, Outcome(c.request.op, 0, [], values), fid.ino, *also)
@@ -525,17 +530,17 @@ class HomeService:
         await c.lock((ino, LockMode.EX))
         await self.commit_before(ino, c.node)
         fid = Fid(ino, gen)
-        self._begin(c)
+        self.begin(c)
         if c.intent is not None and valid & Valid.SIZE and 0 < rest[3] < self.lower.getattr(fid).size:
             # XFS zeroes the rest of the last block on the disk before the transaction that makes the file shorter: the
             # next home must know that this was begun.
-            await self._forced(self.forcer.changed(c.intent.fid))
+            await self.forced(self.forcer.changed(c.intent.fid))
         attr = self.lower.setattr(fid, valid, *rest)
         if self._orphans.get(ino) == fid:
             attr = attr._replace(nlink=0)
         if valid & Valid.SIZE:
             self._note_unstable(fid, c.node)
-        return self._end(c, [attr], fid)
+        return self.end(c, [attr], fid)
 
     async def _readlink(self, c: _Context, ino: int, gen: int) -> list[Any]:
         c.seen.append(ino)
@@ -548,19 +553,19 @@ class HomeService:
 
     async def _made(self, c: _Context, parent: Fid, attr: Attr, mode: LockMode, values: list[Any]) -> list[Any]:
         """After a creation: the parent's lock back, the force begun, and a lock on the new object meanwhile."""
-        self._end(c, values, parent, attr.ino)
+        self.end(c, values, parent, attr.ino)
         c.seen.append(attr.ino)
         c.grant(parent.ino, LockMode.PR)
         c.unlock()
         if c.want_lock:
-            await asyncio.gather(self._cached_lock(c, attr.ino, mode), self._forced(self.forcer.ticket((attr.ino,))))
+            await asyncio.gather(self._cached_lock(c, attr.ino, mode), self.forced(self.forcer.ticket((attr.ino,))))
         return values
 
     async def _mknod(self, c: _Context, ino: int, gen: int, name: bytes, mode: int, rdev: int) -> list[Any]:
         await c.lock((ino, LockMode.EX))
         parent = Fid(ino, gen)
         self._free_name(parent, name)
-        self._begin(c)
+        self.begin(c)
         attr = self.lower.mknod(parent, name, mode, rdev, c.uid, c.gid)
         return await self._made(c, parent, attr, LockMode.PR, [attr, self.lower.getattr(parent)])
 
@@ -568,7 +573,7 @@ class HomeService:
         await c.lock((ino, LockMode.EX))
         parent = Fid(ino, gen)
         self._free_name(parent, name)
-        self._begin(c)
+        self.begin(c)
         attr = self.lower.mkdir(parent, name, mode, c.uid, c.gid)
         return await self._made(c, parent, attr, LockMode.PR, [attr, self.lower.getattr(parent)])
 
@@ -576,7 +581,7 @@ class HomeService:
         await c.lock((ino, LockMode.EX))
         parent = Fid(ino, gen)
         self._free_name(parent, name)
-        self._begin(c)
+        self.begin(c)
         attr = self.lower.symlink(parent, name, target, c.uid, c.gid)
         return await self._made(c, parent, attr, LockMode.PR, [attr, self.lower.getattr(parent)])
 
@@ -586,9 +591,9 @@ class HomeService:
             raise FileNotFoundError(errno.ENOENT, "it has no name any more")
         parent = Fid(parent_ino, parent_gen)
         self._free_name(parent, name)
-        self._begin(c)
+        self.begin(c)
         attr = self.lower.link(Fid(ino, gen), parent, name)
-        self._end(c, values := [attr, self.lower.getattr(parent)], parent, ino)
+        self.end(c, values := [attr, self.lower.getattr(parent)], parent, ino)
         c.grant(parent_ino, LockMode.PR)
         return values
 
@@ -617,10 +622,10 @@ class HomeService:
         if attr is None:
             raise FileNotFoundError(errno.ENOENT, "no such file")
         keep = self._victim(c, attr, Fid(v_ino, v_gen))
-        self._begin(c, Before(Fid(attr.ino, attr.gen), NO_FID, attr.nlink, _kept_flag(keep)))
+        self.begin(c, Before(Fid(attr.ino, attr.gen), NO_FID, attr.nlink, _kept_flag(keep)))
         self.lower.unlink(parent, name, keep)
         self._gone(attr, keep)
-        self._end(c, values := [*self._kept(keep), attr.ino, attr.nlink, self.lower.getattr(parent)], parent, attr.ino)
+        self.end(c, values := [*self._kept(keep), attr.ino, attr.nlink, self.lower.getattr(parent)], parent, attr.ino)
         c.grant(ino, LockMode.PR)
         return values
 
@@ -635,10 +640,10 @@ class HomeService:
         (attr,) = await self._lock_named(c, (parent,), ((parent, name),))
         if attr is None:
             raise FileNotFoundError(errno.ENOENT, "no such directory")
-        self._begin(c, Before(Fid(attr.ino, attr.gen)))
+        self.begin(c, Before(Fid(attr.ino, attr.gen)))
         self.lower.rmdir(parent, name)
         self._gone(attr, None)
-        self._end(c, values := [self.lower.getattr(parent)], parent, attr.ino)
+        self.end(c, values := [self.lower.getattr(parent)], parent, attr.ino)
         c.grant(ino, LockMode.PR)
         return values
 
@@ -654,14 +659,14 @@ class HomeService:
         keep = self._victim(c, replaced, Fid(v_ino, v_gen)) if replaced is not None else None
         lost = (target.ino, target.nlink) if target is not None else (0, 0)
         second = Fid(target.ino, target.gen) if target is not None else NO_FID
-        self._begin(c, Before(Fid(source.ino, source.gen), second, lost[1], _kept_flag(keep)))
+        self.begin(c, Before(Fid(source.ino, source.gen), second, lost[1], _kept_flag(keep)))
         self.lower.rename(old, o_name, new, n_name, flags, keep)
         if replaced is not None:
             self._gone(replaced, keep)
         also = [attr.ino for attr in (source, target) if attr is not None]
         moved = pack_attr(self.lower.getattr(Fid(source.ino, source.gen))) if c.want_lock else b""
         after = [self.lower.getattr(old), self.lower.getattr(new)]
-        values = self._end(c, [*self._kept(keep), source.ino, *lost, moved, *after], new, old.ino, *also)
+        values = self.end(c, [*self._kept(keep), source.ino, *lost, moved, *after], new, old.ino, *also)
         for ino in sorted({o_ino, n_ino, source.ino}):
             c.grant(ino, LockMode.PR)
         return values
@@ -676,7 +681,7 @@ class HomeService:
             directory = self.lower.getattr(parent)
             c.unlock()
             return [1, await self._attr_with_lock(c, Fid(found.ino, found.gen)), directory]
-        self._begin(c)
+        self.begin(c)
         fd, attr = self.lower.create(parent, name, mode, c.uid, c.gid)
         os.close(fd)
         return await self._made(c, parent, attr, LockMode.EX, [0, attr, self.lower.getattr(parent)])
@@ -689,10 +694,10 @@ class HomeService:
         c.seen.append(ino)
         data = os.pread(self.lower.file_fd(Fid(ino, gen)), min(size, MAX_DATA), offset)
         self.bytes_read += len(data)
-        self._keep_no_descriptor(ino)
+        self.keep_no_descriptor(ino)
         return [data]
 
-    def _keep_no_descriptor(self, ino: int) -> None:
+    def keep_no_descriptor(self, ino: int) -> None:
         """The home's own FUSE layer may free what nobody else has a lock on, and nobody would hear of it."""
         if ino not in self.master:
             self.lower.forget(ino)
@@ -712,7 +717,7 @@ class HomeService:
             await self.commit_before(fid.ino, c.node)
         fd = self.lower.file_fd(fid)
         if append:
-            self._begin(c, Before(number=os.fstat(fd).st_size))
+            self.begin(c, Before(number=os.fstat(fd).st_size))
         c.executed = True
         placed = total = 0
         try:
@@ -728,13 +733,13 @@ class HomeService:
                 self.bytes_written += total
         if flags & WriteFlag.KILL_PRIV:
             kill_priv(fd)
-        self._keep_no_descriptor(fid.ino)
+        self.keep_no_descriptor(fid.ino)
         if stable:
-            await self._commit_stable(c, fid)
-            self._end(c, [placed, total] if c.request.op is Op.WRITE else [total], fid)
+            await self.commit_stable(c, fid)
+            self.end(c, [placed, total] if c.request.op is Op.WRITE else [total], fid)
         return placed, total
 
-    async def _commit_stable(self, c: _Context, fid: Fid) -> None:
+    async def commit_stable(self, c: _Context, fid: Fid) -> None:
         """Make data durable before its outcome is written, with the lock held, so that nobody sees it before. A crash
         before that is settled by writing it again or, where it was appended, by cutting the file back: nothing may be
         built on the new size meanwhile, not by this node either."""
@@ -769,9 +774,9 @@ class HomeService:
     async def _setxattr(self, c: _Context, ino: int, gen: int, name: bytes, value: bytes, flags: int) -> list[Any]:
         await c.lock((ino, LockMode.EX))
         fid = Fid(ino, gen)
-        self._begin(c)
+        self.begin(c)
         self.lower.setxattr(fid, name, value, flags)
-        return self._end(c, [], fid)
+        return self.end(c, [], fid)
 
     async def _getxattr(self, c: _Context, ino: int, gen: int, name: bytes) -> list[Any]:
         await c.lock((ino, LockMode.CR))
@@ -785,9 +790,9 @@ class HomeService:
         await c.lock((ino, LockMode.EX))
         fid = Fid(ino, gen)
         there = name in self.lower.listxattr(fid)
-        self._begin(c, Before(flags=BeforeFlag.PRESENT if there else BeforeFlag.NONE))
+        self.begin(c, Before(flags=BeforeFlag.PRESENT if there else BeforeFlag.NONE))
         self.lower.removexattr(fid, name)
-        return self._end(c, [], fid)
+        return self.end(c, [], fid)
 
     async def _reap(self, c: _Context, ino: int, gen: int) -> list[Any]:
         fid = Fid(ino, gen)

@@ -27,7 +27,7 @@ log = structlog.get_logger(__name__)
 
 _REPEATABLE = frozenset(
     {Op.LOOKUP, Op.GETATTR, Op.READLINK, Op.READ, Op.READDIR, Op.STATFS, Op.GETXATTR, Op.LISTXATTR, Op.FSYNC, Op.SYNC}
-    | {Op.REAP, Op.LK_SET, Op.LK_TEST, Op.LK_ADOPT, Op.LK_CANCEL}
+    | {Op.REAP, Op.LK_SET, Op.LK_TEST, Op.LK_ADOPT, Op.LK_CANCEL, Op.LSEEK, Op.BTIME}
 )
 """Operations that may run twice: their replies are not kept."""
 

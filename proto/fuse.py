@@ -59,9 +59,14 @@ class Opcode(IntEnum):
     CREATE = 35
     INTERRUPT = 36
     DESTROY = 38
+    IOCTL = 39
     BATCH_FORGET = 42
+    FALLOCATE = 43
     READDIRPLUS = 44
     RENAME2 = 45
+    LSEEK = 46
+    COPY_FILE_RANGE = 47
+    STATX = 52
 
 
 class InitFlag(IntFlag):
@@ -109,6 +114,8 @@ FSYNC_DATASYNC: Final = 1 << 0
 WRITE_KILL_SUIDGID: Final = 1 << 2
 RELEASE_FLOCK_UNLOCK: Final = 1 << 1
 LK_FLOCK: Final = 1 << 0
+STATX_BASIC_STATS: Final = 0x7FF
+STATX_BTIME: Final = 0x800
 
 IN_HEADER: Final = Struct("=IIQQIIIHH")
 """len, opcode, unique, nodeid, uid, gid, pid, total_extlen, padding."""
@@ -135,6 +142,12 @@ GETXATTR_OUT: Final = Struct("=II")
 """size, padding."""
 LK: Final = Struct("=QQII")
 """start, end, type, pid (struct fuse_file_lock)."""
+LSEEK_OUT: Final = Struct("=Q")
+IOCTL_OUT: Final = Struct("=iIII")
+"""result, flags, in_iovs, out_iovs; what the ioctl gives back follows."""
+STATX_OUT: Final = Struct("=QII16xIIQIIIHxxQQQQqIxxxxqIxxxxqIxxxxqIxxxxIIII112x")
+"""attr_valid (s), its ns, flags; struct fuse_statx: mask, blksize, attributes, nlink, uid, gid, mode, ino, size,
+blocks, attributes_mask; atime, btime, ctime, mtime (s, ns each); rdev and dev (major, minor each)."""
 DIRENT: Final = Struct("=QQII")
 """ino, off, namelen, type; the name follows, and zeros up to a multiple of 8."""
 
@@ -171,6 +184,16 @@ GETXATTR_IN: Final = Struct("=II")
 LK_IN: Final = Struct("=QQQQIIII")
 """fh, owner, then LK, lk_flags, padding."""
 INTERRUPT_IN: Final = Struct("=Q")
+FALLOCATE_IN: Final = Struct("=QQQII")
+"""fh, offset, length, mode, padding."""
+LSEEK_IN: Final = Struct("=QQII")
+"""fh, offset, whence, padding."""
+COPY_FILE_RANGE_IN: Final = Struct("=QQQQQQQ")
+"""fh_in, off_in, nodeid_out, fh_out, off_out, len, flags."""
+IOCTL_IN: Final = Struct("=QIIQII")
+"""fh, flags, cmd, arg, in_size, out_size; what the ioctl is given follows."""
+STATX_IN: Final = Struct("=IIQII")
+"""getattr_flags, reserved, fh, sx_flags, sx_mask."""
 BATCH_FORGET_IN: Final = Struct("=II")
 """count, padding; FORGET_ONE follow."""
 FORGET_ONE: Final = Struct("=QQ")
@@ -212,17 +235,24 @@ REQUESTS: Final[dict[Opcode, tuple[Struct, int]]] = {
     Opcode.CREATE: (CREATE_IN, 1),
     Opcode.INTERRUPT: (INTERRUPT_IN, 0),
     Opcode.DESTROY: (_NOTHING, 0),
+    Opcode.IOCTL: (IOCTL_IN, 0),
     Opcode.BATCH_FORGET: (BATCH_FORGET_IN, 0),
+    Opcode.FALLOCATE: (FALLOCATE_IN, 0),
     Opcode.READDIRPLUS: (READ_IN, 0),
     Opcode.RENAME2: (RENAME2_IN, 2),
+    Opcode.LSEEK: (LSEEK_IN, 0),
+    Opcode.COPY_FILE_RANGE: (COPY_FILE_RANGE_IN, 0),
+    Opcode.STATX: (STATX_IN, 0),
 }
-"""The struct of each request, and how many names (bytes ended by a zero byte) follow it. Behind them: the data of WRITE
-and SETXATTR, the entries of BATCH_FORGET."""
+"""The struct of each request, and how many names (bytes ended by a zero byte) follow it. Behind them: the data of
+WRITE, SETXATTR and IOCTL, the entries of BATCH_FORGET."""
 
 for _struct, _size in (
     (IN_HEADER, 40), (OUT_HEADER, 16), (INIT_OUT, 64), (ENTRY_OUT, 128), (ATTR, 88), (ATTR_OUT_HEAD, 16),
     (OPEN_OUT, 16), (STATFS_OUT, 80), (LK, 24), (DIRENT, 24), (GETATTR_IN, 16), (SETATTR_IN, 88), (READ_IN, 40),
     (WRITE_IN, 40), (RELEASE_IN, 24), (FLUSH_IN, 24), (FSYNC_IN, 16), (LK_IN, 48), (CREATE_IN, 16), (MKNOD_IN, 16),
+    (FALLOCATE_IN, 32), (LSEEK_IN, 24), (COPY_FILE_RANGE_IN, 56), (IOCTL_IN, 32), (IOCTL_OUT, 16), (STATX_IN, 24),
+    (STATX_OUT, 288),
 ):  # fmt: skip
     assert _struct.size == _size, (_struct.format, _struct.size, _size)
 

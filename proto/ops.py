@@ -91,6 +91,11 @@ class Op(IntEnum):
     LK_TEST = 26
     LK_ADOPT = 27
     LK_CANCEL = 28
+    FALLOCATE = 29
+    LSEEK = 30
+    COPY = 31
+    IOCTL = 32
+    BTIME = 33
 
 
 class OpFlag(IntEnum):
@@ -153,6 +158,11 @@ REQUESTS: dict[Op, tuple[str, ...]] = {
     Op.LK_TEST: ("Q", *_LOCK),
     Op.LK_ADOPT: ("Q", "v"),  # pack_held
     Op.LK_CANCEL: ("Q", "Q"),  # id of the waiter
+    Op.FALLOCATE: (*_OBJ, "I", "Q", "Q", "I"),  # FALLOC_FL mode, offset, length, 1: takes set-id bits away
+    Op.LSEEK: (*_OBJ, "Q", "I"),  # offset, SEEK_DATA or SEEK_HOLE
+    Op.COPY: (*_OBJ, "Q", *_OBJ, "Q", "Q", "I"),  # from, offset, to, offset, length, 1: takes set-id bits away
+    Op.IOCTL: (*_OBJ, "I", "v"),  # command, what it is given
+    Op.BTIME: _OBJ,
 }
 
 REPLIES: dict[Op, tuple[str, ...]] = {
@@ -185,6 +195,11 @@ REPLIES: dict[Op, tuple[str, ...]] = {
     Op.LK_TEST: ("I", "Q", "Q", "I", "I"),  # type (UNLOCK: none is in the way), start, end, pid, node
     Op.LK_ADOPT: (),
     Op.LK_CANCEL: (),
+    Op.FALLOCATE: (),
+    Op.LSEEK: ("Q",),
+    Op.COPY: ("Q",),  # bytes copied
+    Op.IOCTL: ("v",),
+    Op.BTIME: ("q",),  # nanoseconds since the epoch
 }
 
 _REQUEST = Struct("!HHIIQ")  # op, flags, uid, gid, lowest sequence whose reply the client still may need

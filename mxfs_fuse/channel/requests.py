@@ -1,6 +1,7 @@
 """From a request's bytes to the operation that it asks for, and from what that returns to the answer's bytes."""
 
 import errno
+import os
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -193,6 +194,44 @@ class Dispatcher:
     async def _fsync(self, r: Request) -> Parts:
         await self._ops.fsync(r.fields[0], bool(r.fields[1] & fuse.FSYNC_DATASYNC))
         return ()
+
+    async def _fallocate(self, r: Request) -> Parts:
+        fh, offset, length, mode = r.fields[:4]
+        await self._ops.fallocate(fh, offset, length, mode, r.ctx)
+        return ()
+
+    async def _lseek(self, r: Request) -> Parts:
+        fh, offset, whence = r.fields[:3]
+        return (fuse.LSEEK_OUT.pack(await self._ops.lseek(fh, offset, whence, r.ctx)),)
+
+    async def _copy_file_range(self, r: Request) -> Parts:
+        fh, offset, _, to_fh, to_offset, length, flags = r.fields
+        if flags:
+            raise OSError(errno.EINVAL, f"copy_file_range with flags {flags:#x}")
+        return (fuse.WRITE_OUT.pack(await self._ops.copy_file_range(fh, offset, to_fh, to_offset, length, r.ctx), 0),)
+
+    async def _ioctl(self, r: Request) -> Parts:
+        _, _, command, _, size, room = r.fields
+        if size != len(r.data):
+            raise OSError(errno.EIO, f"IOCTL of {size} bytes with {len(r.data)}")
+        result = await self._ops.ioctl(r.nodeid, command, r.data, r.ctx)
+        return (fuse.IOCTL_OUT.pack(0, 0, 0, 0), result[:room])
+
+    async def _statx(self, r: Request) -> Parts:
+        found = fuse.ENTRY_OUT.unpack(await self._ops.getattr(r.nodeid, r.ctx))
+        (_, _, _, valid_s, _, valid_ns, ino, size, blocks, *times) = found[:15]
+        mode, nlink, uid, gid, rdev, blksize, _ = found[15:]
+        born = await self._ops.btime(r.nodeid, r.ctx)
+        a_s, m_s, c_s, a_ns, m_ns, c_ns = times
+        b_s, b_ns = divmod(born, _NS)
+        return (
+            fuse.STATX_OUT.pack(
+                valid_s, valid_ns, 0,
+                fuse.STATX_BASIC_STATS | fuse.STATX_BTIME, blksize, 0, nlink, uid, gid, mode, ino, size, blocks, 0,
+                _signed(a_s), a_ns, b_s, b_ns, _signed(c_s), c_ns, _signed(m_s), m_ns,
+                os.major(rdev), os.minor(rdev), 0, 0,
+            ),
+        )  # fmt: skip
 
     # -- directories -----------------------------------------------------------------------------------------------
 

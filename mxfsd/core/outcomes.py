@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from enum import Enum, IntEnum, IntFlag
 from typing import Any, NamedTuple
 
+from mxfs_proto import ioctls
 from mxfs_proto.errors import MediaError, PeerError
 from mxfs_proto.ops import NO_FID, Attr, Fid, Op, Request, WriteFlag, pack_request, unpack_request
 
@@ -86,7 +87,9 @@ class Intent(NamedTuple):
 
 MAKES = frozenset({Op.CREATE, Op.MKNOD, Op.MKDIR, Op.SYMLINK})
 """Operations that make an object under a name that was free."""
-_TAKES_INTENT = MAKES | {Op.LINK, Op.UNLINK, Op.RMDIR, Op.RENAME, Op.SETATTR, Op.SETXATTR, Op.REMOVEXATTR}
+_TAKES_INTENT = (
+    MAKES | {Op.LINK, Op.UNLINK, Op.RMDIR, Op.RENAME, Op.SETATTR, Op.SETXATTR, Op.REMOVEXATTR} | {Op.FALLOCATE, Op.COPY}
+)
 
 
 def takes_intent(request: Request) -> bool:
@@ -98,6 +101,8 @@ def takes_intent(request: Request) -> bool:
         return bool(request.values[3] & WriteFlag.APPEND)
     if request.op is Op.WRITES:
         return bool(request.values[2] & WriteFlag.APPEND)
+    if request.op is Op.IOCTL:
+        return request.values[2] in ioctls.SETS
     return request.op in _TAKES_INTENT
 
 

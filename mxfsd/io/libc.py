@@ -12,6 +12,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 
 _SYS_RENAMEAT2 = 316
+_SYS_STATX = 332
 _SYS_FSOPEN = 430
 _SYS_FSCONFIG = 431
 _SYS_FSMOUNT = 432
@@ -43,6 +44,10 @@ MNT_DETACH = 2
 
 XFS_HANDLE_TYPE = 0x81
 """FILEID_INO32_GEN with XFS_FILEID_TYPE_64FLAG: the handle is (u64 inode, u32 generation), host byte order."""
+
+_STATX_BTIME = 0x800
+_STATX_BTIME_AT = 80
+_STATX_TIME = Struct("=qI")
 
 _HANDLE = Struct("=IiQI")  # handle_bytes, handle_type, inode, generation
 _HANDLE_BYTES = 12
@@ -166,6 +171,21 @@ def set_fs_ids(uid: int, gid: int) -> None:
     """Set this thread's file system ids (setfsuid(2), setfsgid(2): they report no error)."""
     _libc.setfsgid(gid)
     _libc.setfsuid(uid)
+
+
+def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """fallocate(2); *mode* is FALLOC_FL_*."""
+    _check(_libc.fallocate(fd, mode, ctypes.c_int64(offset), ctypes.c_int64(length)), "fallocate")
+
+
+def btime_ns(fd: int) -> int:
+    """Return when the object open at *fd* was made, in ns since the epoch (statx(2)). EOPNOTSUPP: nobody knows."""
+    buf = ctypes.create_string_buffer(256)
+    _check(_libc.syscall(_SYS_STATX, fd, b"", _AT_EMPTY_PATH, _STATX_BTIME, buf), "statx")
+    if not int.from_bytes(buf.raw[:4], "little") & _STATX_BTIME:
+        raise OSError(95, "the file system has no birth times")
+    seconds, ns = _STATX_TIME.unpack_from(buf, _STATX_BTIME_AT)
+    return int(seconds * 1_000_000_000 + ns)
 
 
 def syncfs(fd: int) -> None:

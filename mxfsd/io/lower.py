@@ -404,6 +404,11 @@ class Lower:
         with self._path_fd(fid) as fd:
             os.removexattr(f"/proc/self/fd/{fd}", name)
 
+    def btime_ns(self, fid: Fid) -> int:
+        """When the object was made, in nanoseconds since the epoch."""
+        with self._path_fd(fid) as fd:
+            return libc.btime_ns(fd)
+
     # -- records of operations (mxfsd/oprecords.py) --------------------------------------------------------------
 
     def op_slots(self) -> dict[int, Fid]:

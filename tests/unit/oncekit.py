@@ -29,6 +29,7 @@ from mxfsd.core.timeouts import Timeouts
 from mxfsd.homerole import HomeRole
 from mxfsd.io import libc
 from mxfsd.io.lower import Lower
+from mxfsd.io.ranges import ERASES, KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE
 from mxfsd.settling import recover_sessions
 
 HOME, HOLDER = 1, 9
@@ -173,7 +174,7 @@ class Client:
         while True:
             kind = self.rng.choice(
                 ["make"] * 4 + ["unlink"] * 2 + ["rename"] * 4 + ["link", "setattr", "setattr", "xattr", "unxattr"]
-                + ["append"] * 3
+                + ["append"] * 3 + ["allocate", "copy"]
             )  # fmt: skip
             made = getattr(self, "_do_" + kind)(copy_tree(self.tree))
             if made is not None:
@@ -318,6 +319,32 @@ class Client:
             return Call(0, Op.WRITE, [*obj.fid, 0, WriteFlag.APPEND, data], tree, _expect([place, len(data)]))
         pieces = pack_writes([(0, data[:2]), (0, data[2:])])
         return Call(0, Op.WRITES, [*obj.fid, WriteFlag.APPEND, pieces], tree, _expect([len(data)]))
+
+    def _do_allocate(self, tree: Tree) -> Call | None:
+        obj = self._file(tree)
+        if obj is None:
+            return None
+        mode = self.rng.choice((0, KEEP_SIZE, PUNCH_HOLE | KEEP_SIZE, ZERO_RANGE, ZERO_RANGE | KEEP_SIZE))
+        start, length = self.rng.choice((0, 3, 4096)), self.rng.choice((2, 4096, 9000))
+        end = start + length
+        if not mode & KEEP_SIZE:
+            obj.data = obj.data.ljust(end, b"\0")
+        if mode & ERASES:
+            gone = max(0, min(end, len(obj.data)) - start)
+            obj.data = obj.data[:start] + bytes(gone) + obj.data[start + gone :]
+        return Call(0, Op.FALLOCATE, [*obj.fid, mode, start, length, 0], tree, _expect([]))
+
+    def _do_copy(self, tree: Tree) -> Call | None:
+        source, target = self._file(tree), self._file(tree)
+        if source is None or target is None or source.fid == target.fid:
+            return None
+        start, place, length = self.rng.choice((0, 2)), self.rng.choice((0, 1, 4096)), self.rng.choice((3, 10_000))
+        piece = source.data[start : start + length]
+        if piece:
+            data = target.data.ljust(place, b"\0")
+            target.data = data[:place] + piece + data[place + len(piece) :]
+        values = [*source.fid, start, *target.fid, place, length, 0]
+        return Call(0, Op.COPY, values, tree, _expect([len(piece)]))
 
     def past(self) -> str:
         """What happened last, for a failure's message."""

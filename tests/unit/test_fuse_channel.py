@@ -114,6 +114,23 @@ class Operations:
     async def getlk(self, inode: int, fh: int, lock: Any, _ctx: Any) -> Any:
         return lock
 
+    async def fallocate(self, fh: int, offset: int, length: int, mode: int, _ctx: Any) -> None:
+        self.seen.append((fh, offset, length, mode))
+
+    async def lseek(self, fh: int, offset: int, whence: int, _ctx: Any) -> int:
+        return fh + offset + whence
+
+    async def copy_file_range(self, fh: int, offset: int, to_fh: int, to_offset: int, length: int, _ctx: Any) -> int:
+        self.seen.append((fh, offset, to_fh, to_offset))
+        return length
+
+    async def ioctl(self, inode: int, command: int, given: bytes, _ctx: Any) -> bytes:
+        self.seen.append((inode, command, given))
+        return b"result"
+
+    async def btime(self, inode: int, _ctx: Any) -> int:
+        return -1
+
 
 class Kernel:
     """The other end: sends requests, gets answers."""
@@ -251,6 +268,30 @@ async def test_interrupt_ends_a_wait(kernel: Kernel) -> None:
     assert (await kernel.answer())[:2] == (unique, errno.EINTR)
     kernel.send(Opcode.INTERRUPT, fuse.INTERRUPT_IN.pack(unique))  # too late: nothing happens
     assert (await kernel.ask(Opcode.LOOKUP, b"name\0"))[0] == 0
+
+
+async def test_ranges_and_flags_of_files(kernel: Kernel) -> None:
+    assert await kernel.ask(Opcode.FALLOCATE, fuse.FALLOCATE_IN.pack(3, 1 << 40, 5, 2, 0)) == (0, b"")
+    assert await kernel.ask(Opcode.LSEEK, fuse.LSEEK_IN.pack(3, 1 << 40, 4, 0)) == (
+        0,
+        fuse.LSEEK_OUT.pack((1 << 40) + 7),
+    )
+    asked = fuse.COPY_FILE_RANGE_IN.pack(3, 1 << 40, 9, 4, 5, 77, 0)
+    assert await kernel.ask(Opcode.COPY_FILE_RANGE, asked) == (0, fuse.WRITE_OUT.pack(77, 0))
+    code, answer = await kernel.ask(Opcode.IOCTL, fuse.IOCTL_IN.pack(3, 0, 7, 0, 4, 3) + b"data", nodeid=9)
+    assert (code, answer) == (0, fuse.IOCTL_OUT.pack(0, 0, 0, 0) + b"res"), "no more than there is room for"
+    assert (await kernel.ask(Opcode.IOCTL, fuse.IOCTL_IN.pack(3, 0, 7, 0, 5, 0) + b"data"))[0] == errno.EIO
+    assert (await kernel.ask(Opcode.COPY_FILE_RANGE, asked[:-8] + b"\1" * 8))[0] == errno.EINVAL
+    assert kernel.operations.seen == [(3, 1 << 40, 5, 2), (3, 1 << 40, 4, 5), (9, 7, b"data")]
+
+
+async def test_statx_has_the_birth_time_beside_the_attributes(kernel: Kernel) -> None:
+    kernel.operations.broken.set_result(None)
+    code, answer = await kernel.ask(Opcode.STATX, fuse.STATX_IN.pack(0, 0, 0, 0, 0xFFF), nodeid=7)
+    fields = fuse.STATX_OUT.unpack(answer)
+    assert (code, fields[3], fields[6:10]) == (0, 0xFFF, (ATTR.nlink, ATTR.uid, ATTR.gid, ATTR.mode))
+    assert fields[10:13] == (7, ATTR.size, ATTR.blocks)
+    assert fields[14:22] == (1, 1, -1, 999_999_999, 3, 3, -3, 500_000_000)
 
 
 async def test_what_waits_for_long_is_named_once(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:

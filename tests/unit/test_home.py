@@ -5,6 +5,7 @@ import errno
 import os
 import random
 import stat
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ import xfsdisk
 from homekit import HOME, A, B, GatedLower, Home, fid_of, turns, until
 
 from mxfs_proto.errors import PeerError
+from mxfs_proto.ioctls import FITRIM, FSGETXATTR, FSSETXATTR, GETFLAGS, SETFLAGS
 from mxfs_proto.lockflags import LockFlag
 from mxfs_proto.modes import LockMode
 from mxfs_proto.ops import (
@@ -627,6 +629,7 @@ async def test_appends_are_placed_by_the_home(home: Home, base: Fid) -> None:
 async def test_every_operation_answers(home: Home, base: Fid) -> None:
     """The values of each reply fit its declaration: the reply is packed."""
     file = await home.make(A, base, b"file")
+    other = await home.make(A, base, b"other")
     link = fid_of((await home.do(A, Op.SYMLINK, *base, b"link", b"target")).values[0])
     rows: list[tuple[Any, ...]] = [
         (Op.LOOKUP, *base, b"file"),
@@ -656,6 +659,14 @@ async def test_every_operation_answers(home: Home, base: Fid) -> None:
         (Op.LK_TEST, file.ino, 78, 0, 9, 4712, 1, 0),
         (Op.LK_ADOPT, file.ino, b""),
         (Op.LK_CANCEL, file.ino, 5),
+        (Op.FALLOCATE, *file, 3, 1, 2, 0),
+        (Op.LSEEK, *file, 0, os.SEEK_HOLE),
+        (Op.COPY, *file, 0, *other, 3, 1 << 30, 1),
+        (Op.IOCTL, *file, GETFLAGS, b""),
+        (Op.IOCTL, *file, SETFLAGS, (1 << 7).to_bytes(4, "little")),  # NOATIME
+        (Op.IOCTL, *file, FSGETXATTR, b""),
+        (Op.IOCTL, *base, FITRIM, bytes(8) + b"\xff" * 8 + bytes(8)),
+        (Op.BTIME, *file),
     ]
     assert {row[0] for row in rows} | {Op.SYMLINK} == set(Op)
     got = {}
@@ -666,9 +677,13 @@ async def test_every_operation_answers(home: Home, base: Fid) -> None:
         got[op] = outcome.values
     assert got[Op.READLINK] == [b"target"]
     assert got[Op.READ] == [b"data"]
-    assert os.pread(home.lower.file_fd(file), 9, 0) == b"DAxx"
+    assert os.pread(home.lower.file_fd(file), 9, 0) == b"D\0\0x"
+    assert os.pread(home.lower.file_fd(other), 9, 0) == b"\0\0\0D\0\0x"
+    assert (got[Op.COPY], got[Op.LSEEK]) == ([4], [4])
+    assert (await home.do(A, Op.IOCTL, *file, GETFLAGS, b"")).values == [(1 << 7).to_bytes(4, "little")]
+    assert abs(got[Op.BTIME][0] - time.time_ns()) < 3600 * 10**9
     listed = [entry.name for entry in unpack_entries(got[Op.READDIR][1])]
-    assert (got[Op.READDIR][0], listed) == (1, [b"dir", b"fifo", b"file", b"link", b"new", b"second"])
+    assert (got[Op.READDIR][0], listed) == (1, [b"dir", b"fifo", b"file", b"link", b"new", b"other", b"second"])
     assert got[Op.GETXATTR] == [b"1"]
     assert got[Op.LISTXATTR] == [b"user.a\0"]
     assert stat.S_IMODE((await home.do(A, Op.GETATTR, *file)).values[0].mode) == 0o755, "KILL_PRIV"
@@ -689,6 +704,47 @@ async def test_values_that_no_system_call_takes(home: Home, base: Fid, row: tupl
     file = await home.make(A, base, b"file")
     assert (await home.do(A, row[0], *file, *row[1:])).errno in (errno.EINVAL, errno.EFBIG, errno.EPROTO)
     assert home.idle()
+
+
+@pytest.mark.parametrize(
+    ("code", "op", "values"),
+    [
+        (errno.EOPNOTSUPP, Op.FALLOCATE, (8, 0, 4096, 0)),  # COLLAPSE_RANGE
+        (errno.EINVAL, Op.FALLOCATE, (0, 0, 0, 0)),
+        (errno.EINVAL, Op.LSEEK, (0, os.SEEK_END)),
+        (errno.ENXIO, Op.LSEEK, (9, os.SEEK_DATA)),
+        (errno.ENOTTY, Op.IOCTL, (0x5401, b"")),
+        (errno.EINVAL, Op.IOCTL, (SETFLAGS, b"x")),
+        (errno.EOPNOTSUPP, Op.IOCTL, (SETFLAGS, (0x10).to_bytes(4, "little"))),
+        (errno.EOPNOTSUPP, Op.IOCTL, (FSSETXATTR, (0x10).to_bytes(28, "little"))),
+    ],
+)
+async def test_what_is_not_offered_is_refused(home: Home, base: Fid, code: int, op: Op, values: Any) -> None:
+    file = await home.make(A, base, b"file")
+    await home.do(A, Op.WRITE, *file, 0, 0, b"data")
+    assert (await home.do(A, op, *file, *values)).errno == code
+    assert os.pread(home.lower.file_fd(file), 9, 0) == b"data"
+    assert home.idle()
+
+
+async def test_a_copy_shows_what_another_node_wrote_and_nobody_else_changes_it_meanwhile(
+    home: Home, lower: GatedLower, base: Fid
+) -> None:
+    source, target = await home.make(A, base, b"source"), await home.make(A, base, b"target")
+    await home.do(B, Op.WRITE, *source, 0, 0, b"unstable")
+    lower.synced.clear()
+    lower.gate.shut()
+    copying = home.start(A, Op.COPY, *source, 2, *target, 0, 100, 0)
+    await until(lower.gate.entered.is_set)
+    changing = home.start(B, Op.SETATTR, *target, Valid.SIZE, 0, 0, 0, 1, 0, 0)
+    await turns()
+    assert os.pread(home.lower.file_fd(target), 9, 0) == b"", "what is copied is durable first"
+    lower.gate.open()
+    assert (await copying).values == [6]
+    assert source in lower.synced and target in lower.synced
+    await changing
+    assert os.pread(home.lower.file_fd(target), 9, 0) == b"s"
+    assert (await home.do(A, Op.COPY, *target, 0, *target, 10, 1, 0)).values == [1], "within one file"
 
 
 @pytest.mark.parametrize("name", [b"", b".", b"..", b"a/b", b"/etc/passwd", b"../x", b"a\0b"])

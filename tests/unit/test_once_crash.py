@@ -89,7 +89,7 @@ def answered_all_the_same(role: HomeRole, _records: OpRecords) -> None:
         except OSError:
             pass
 
-    role.service._forced = forced  # type: ignore[method-assign]
+    role.service.forced = forced  # type: ignore[method-assign]
 
 
 STEPS = (no_intent, no_outcome, outcome_first, no_force, answered_all_the_same)

@@ -46,6 +46,11 @@ CASES: dict[Op, tuple[list[Any], list[Any]]] = {
     Op.LK_TEST: ([5, TOP, 10, 19, 4711, 0, 1], [1, 0, LAST, 4712, 64]),
     Op.LK_ADOPT: ([5, pack_held([Held(TOP, 0, LAST, 4711, 1, True)])], []),
     Op.LK_CANCEL: ([5, 7], []),
+    Op.FALLOCATE: ([*OBJ, 3, 1 << 40, TOP, 1], []),
+    Op.LSEEK: ([*OBJ, TOP, 4], [1 << 40]),
+    Op.COPY: ([*OBJ, 1 << 40, 5, 6, 7, TOP, 1], [1 << 24]),
+    Op.IOCTL: ([*OBJ, 0x401C5820, b"\1" * 28], [b"\0" * 28]),
+    Op.BTIME: (OBJ, [-5]),
 }
 GRANTS = [Grant(4711, 3, (5 << 40) + 1), Grant(TOP, 5, TOP)]
 

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mxfs_proto.errors import MediaError
+from mxfs_proto.ioctls import GETFLAGS, SETFLAGS
 from mxfs_proto.ops import NO_FID, Attr, Fid, Op, Request, WriteFlag, pack_reply
 from mxfsd.core.outcomes import (
     BEFORE,
@@ -132,6 +133,7 @@ def test_what_may_be_repeated_has_no_intent() -> None:
     assert not takes_intent(request(Op.WRITES, *OBJ, 0, b""))
     assert not takes_intent(request(Op.REAP, *OBJ))
     assert not takes_intent(request(Op.GETATTR, *OBJ))
+    assert not takes_intent(request(Op.IOCTL, *OBJ, GETFLAGS, b""))
     with pytest.raises(MediaError):
         unpack_intent(pack_intent(request(Op.REAP, *OBJ), Before()))
 
@@ -170,6 +172,9 @@ CASES: list[tuple[Request, Before, Now, Step, list[Any] | None]] = [
     (request(Op.SETATTR, *OBJ, 1, 0, 0, 0, 0, 0, 0), Before(), Now(), Step.REDO, None),
     (request(Op.SETXATTR, *OBJ, b"user.a", b"v", 0), Before(), Now(), Step.REDO, None),
     (request(Op.REMOVEXATTR, *OBJ, b"user.a"), Before(), Now(), Step.REDO, None),
+    (request(Op.FALLOCATE, *OBJ, 3, 0, 9, 0), Before(), Now(), Step.REDO, None),
+    (request(Op.COPY, *OBJ, 0, *OTHER, 0, 9, 0), Before(), Now(), Step.REDO, None),
+    (request(Op.IOCTL, *OBJ, SETFLAGS, bytes(4)), Before(), Now(), Step.REDO, None),
     (LONG_VALUE, Before(flags=BeforeFlag.DIGEST), Now(), Step.FORGET, None),
     (LONG_VALUE, Before(flags=BeforeFlag.DIGEST), Now(digest=hashlib.sha256(b"w").digest()), Step.FORGET, None),
     (LONG_VALUE, Before(flags=BeforeFlag.DIGEST), Now(digest=hashlib.sha256(b"v").digest()), Step.KEEP, []),

@@ -11,9 +11,11 @@ import pytest
 import xfsdisk
 
 from mxfs_proto.errors import MediaError
+from mxfs_proto.ioctls import GETFLAGS, SETFLAGS
 from mxfs_proto.ops import NO_FID, Fid, Op, Request, WriteFlag, pack_error, pack_reply, unpack_reply
 from mxfsd.core.outcomes import SHORT, Before, BeforeFlag, Record, RecordKind, pack_record
 from mxfsd.core.sessions import SessionTable
+from mxfsd.io.ioctls import run
 from mxfsd.io.lower import Lower
 from mxfsd.oprecords import NAMES, Key, OpRecords
 from mxfsd.settling import Recovered, recover_sessions
@@ -62,11 +64,11 @@ def request(op: Op, *values: object) -> Request:
     return Request(op, 0, 0, 0, 0, list(values))
 
 
-def intended(lower: Lower, asked: Request, before: Before = Before()) -> None:  # noqa: B008
+def intended(lower: Lower, asked: Request, before: Before = Before(), seq: int = KEY.seq) -> None:  # noqa: B008
     """The home died behind the intent."""
     records = OpRecords(lower, VOLUME)
     records.load()
-    records.intend(KEY, asked, before)
+    records.intend(Key(KEY.session, seq), asked, before)
 
 
 def used(lower: Lower) -> list[Fid]:
@@ -198,6 +200,25 @@ def test_appended_data_is_cut_off_and_nothing_else(lower: Lower, base: Fid, befo
     intended(lower, asked, Before(number=before))
     recover(lower)
     assert lower.getattr(file).size == after
+
+
+def test_what_was_begun_on_ranges_and_flags_is_done_again(lower: Lower, base: Fid) -> None:
+    """Nobody can have changed anything since: the locks were held, and what was copied was durable before."""
+    source, target = make(lower, base, b"source"), make(lower, base, b"target")
+    os.pwrite(lower.file_fd(source), b"12345678", 0)
+    os.pwrite(lower.file_fd(target), b"abc", 0)
+    intended(lower, request(Op.FALLOCATE, *source, 3, 2, 3, 0))
+    assert recover(lower)[0].executed == 1
+    assert os.pread(lower.file_fd(source), 9, 0) == b"12\0\0\x00678"
+    intended(lower, request(Op.COPY, *source, 4, *target, 1, 100, 0), seq=8)
+    recovered, sessions = recover(lower)
+    assert recovered.executed == 1
+    (copied,) = [reply for _session, seq, reply in sessions.kept() if seq == 8]
+    assert unpack_reply(Op.COPY, copied)[2] == [4]
+    assert os.pread(lower.file_fd(target), 9, 0) == b"a\x00678"
+    intended(lower, request(Op.IOCTL, *target, SETFLAGS, (1 << 7).to_bytes(4, "little")), seq=9)
+    assert recover(lower)[0].executed == 1
+    assert run(lower.file_fd(target), GETFLAGS, b"") == (1 << 7).to_bytes(4, "little")
 
 
 def test_what_cannot_be_done_again_is_forgotten(lower: Lower, base: Fid) -> None:
