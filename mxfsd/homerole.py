@@ -115,6 +115,13 @@ class HomeRole:
             raise
         if self.failed:
             return
+        if outcome.errno and request.op is Op.READ:
+            # It reads what it has open, so this should not be.
+            ino = request.values[0]
+            name, opens = errno.errorcode.get(outcome.errno, str(outcome.errno)), self.master.opens_of(ino)
+            log.warning(
+                "a read failed", peer=node, ino=ino, error=name, mode=self.master.mode_of(node, ino).name, opens=opens
+            )
         if keep:
             self.sessions.done(session, seq, outcome.to_keep())
         parts = outcome.parts()

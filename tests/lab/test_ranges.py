@@ -8,13 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from labkit import Lab, must
+from labkit import CHANNEL, Lab, must
 
 from mxfs_proto.ioctls import FITRIM, FSGETXATTR, FSSETXATTR, GETFLAGS, SETFLAGS
 from mxfsd.io import libc
 from mxfsd.io.ranges import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE
 
-pytestmark = pytest.mark.needs_lab
+pytestmark = [
+    pytest.mark.needs_lab,
+    pytest.mark.skipif(CHANNEL == "pyfuse3", reason="libfuse's Python binding has no such requests"),
+]
 Work = dict[str, Path]
 BLOCK = 4096
 NODUMP = 1 << 6
