@@ -93,6 +93,7 @@ class Server:
         self._lease_timer: asyncio.TimerHandle | None = None
         self._lapsed = False
         self._leaving: asyncio.Task[None] | None = None
+        self._syncing: asyncio.Task[None] | None = None
         self._drops: list[asyncio.Future[None]] = []
         self._reopen_ms = 0
         self._frozen = True
@@ -358,8 +359,21 @@ class Server:
             self._resumes.append(Resume(int(fields["epoch"]), implicit, mount_fd, self._recorded))
             if self._held_back is not None:
                 self._go_on()
+        elif frame.type is FrameType.SYNC:
+            self._syncing = asyncio.get_running_loop().create_task(self._sync(int(unpack_json(frame.payload)["id"])))
         elif frame.type is FrameType.FREEZE:
             self._leaving = asyncio.get_running_loop().create_task(self._leave_lower())
+
+    async def _sync(self, number: int) -> None:
+        """An operator wants everything that was written here to be durable."""
+        assert self.operations is not None
+        code = 0
+        try:
+            await self.operations.sync_all()
+        except (OSError, MxfsError) as exc:
+            code = exc.errno or errno.EIO
+        if self._conn is not None:
+            self._conn.send(FrameType.SYNC, [pack_json({"id": number, "errno": code})])
 
     # -- records ---------------------------------------------------------------------------------------------------
 

@@ -844,6 +844,15 @@ class Operations(pyfuse3.Operations):
     async def release(self, fh: FileHandleT) -> None:
         await self.io.release(fh)
 
+    async def sync_all(self) -> None:
+        """Make durable what was written through this mount: the kernel hands sync(2) and syncfs(2) to no FUSE server of
+        our kind. Raises OSError."""
+        await self._open_gate()
+        await self.io.writes.commit_all()
+        lower = self.state.lower
+        if lower is not None:
+            await self.state.in_lower(lower.syncfs)
+
     # -- what pyfuse3 has no requests for: see ranges.py -----------------------------------------------------------
 
     @_errno_boundary

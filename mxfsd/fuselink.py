@@ -6,6 +6,7 @@ The FUSE layer outlives the daemon: when the daemon dies, it waits for the next 
 
 import asyncio
 import contextlib
+import errno
 import os
 import signal
 import struct
@@ -72,6 +73,7 @@ class FuseLink:
         self._reclaims = False
         """It has been asked to name what it holds, and operations do not go on yet."""
         self._netlink_ended = False
+        self._syncs: dict[int, asyncio.Future[int]] = {}
         self._leaving = False
         self.pid = 0
         self.on_broken: Callable[[str], None] = lambda _reason: None
@@ -249,6 +251,11 @@ class FuseLink:
             self._gone(str(unpack_json(frame.payload).get("reason", "the FUSE layer failed")))
         elif frame.type is FrameType.FUSE_BYE:
             self._gone("unmounted")
+        elif frame.type is FrameType.SYNC:
+            fields = unpack_json(frame.payload)
+            waiter = self._syncs.pop(int(fields["id"]), None)
+            if waiter is not None and not waiter.done():
+                waiter.set_result(int(fields["errno"]))
         elif frame.type in _RECLAIMS and frame.seq != self._freezes:
             pass  # it answers what was asked for an earlier home or connection, perhaps in part only
         else:
@@ -301,6 +308,24 @@ class FuseLink:
         if self._conn is not None:
             fds = [fd] if fd >= 0 else []
             self._conn.send(kind, parts, epoch=epoch, session=session, seq=seq, fds=fds)
+
+    async def sync(self) -> None:
+        """Have everything that was written on this node made durable. Raises OSError."""
+        if self._conn is None:
+            raise OSError(errno.ENOTCONN, "the FUSE layer is not there")
+        number = max(self._syncs, default=0) + 1
+        self._syncs[number] = asyncio.get_running_loop().create_future()
+        self.frame(FrameType.SYNC, [pack_json({"id": number})])
+        gone = asyncio.ensure_future(self.gone.wait())
+        try:
+            answer = self._syncs[number]
+            await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
+            code = answer.result() if answer.done() else errno.ENOTCONN
+        finally:
+            gone.cancel()
+            self._syncs.pop(number, None)
+        if code:
+            raise OSError(code, os.strerror(code))
 
     def freeze(self, epoch: int, home: int) -> None:
         """New operations wait from now on (RECOVERY_START of the epoch that ends); what is held is named to *home*."""

@@ -35,6 +35,7 @@ class Operators:
             "locks": self._locks,
             "home-move": self._move,
             "evict": self._evict,
+            "sync": self._sync,
             "stop": self._stop,
             "crash-lower": self._crash,
         }
@@ -98,6 +99,16 @@ class Operators:
                 raise IoFailure(f"{victim.name} could not be fenced yet: see the home's log", errno.ETIMEDOUT)
             await asyncio.sleep(_LOOK_S)
         return {"node": victim.name, "slot": victim.slot, "incarnation": victim.incarnation}
+
+    async def _sync(self, _request: dict[str, Any]) -> dict[str, Any]:
+        """Returns when what was written on this node is durable."""
+        fuse = self._daemon.fuse
+        assert fuse is not None
+        try:
+            await fuse.sync()
+        except OSError as exc:
+            raise IoFailure(f"not everything written here is durable: {exc.strerror}", exc.errno) from exc
+        return {}
 
     def _takes_part(self, victim: SlotView) -> bool:
         """Whether the slots, as they were read last, still have this incarnation."""

@@ -74,6 +74,7 @@ class FrameType(IntEnum):
     PONG = 21
     EVICT = 22
     RECLAIM_LOCKS = 23
+    SYNC = 24
 
 
 JSON_TYPES: Final = frozenset(
@@ -86,6 +87,7 @@ JSON_TYPES: Final = frozenset(
         FrameType.RECLAIM_DONE,
         FrameType.MOVE,
         FrameType.EVICT,
+        FrameType.SYNC,
         FrameType.LEAVE,
         FrameType.STATUS_REQ,
         FrameType.STATUS_RESP,

@@ -1,7 +1,7 @@
 """``mxfs``: the operator's command. Each subcommand imports what it needs, so that none waits for the others.
 
-``status``, ``locks``, ``home move`` and ``evict`` talk to the daemons of this host through the control sockets under
-the run root: ``--run-dir``, else the environment variable MXFS_RUN_ROOT, else /run/mxfs.
+``status``, ``locks``, ``home move``, ``evict`` and ``sync`` talk to the daemons of this host through the control
+sockets under the run root: ``--run-dir``, else the environment variable MXFS_RUN_ROOT, else /run/mxfs.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from mxfsd.options import DEFAULT_RUN_ROOT, RUN_ROOT_ENV
 
 STATUS_S = 10.0
 MOVE_S = 90.0
+SYNC_S = 600.0
 
 
 def parser() -> argparse.ArgumentParser:
@@ -48,6 +49,9 @@ def parser() -> argparse.ArgumentParser:
     evict.add_argument("node", metavar="NODE", help="name or slot number")
     evict.add_argument("--volume", help="uuid, label, device or mount point (needed if several are mounted here)")
     evict.add_argument("--run-dir", metavar="DIR", help="where the run directories are (default /run/mxfs)")
+    sync = add("sync", "make durable what was written on this node: sync(1) does not reach the volume")
+    sync.add_argument("volume", nargs="?", help="uuid, label, device or mount point (default: all)")
+    sync.add_argument("--run-dir", metavar="DIR", help="where the run directories are (default /run/mxfs)")
     add("lab", "a cluster on this machine, to try things out: mxfs lab --help")
     install = add("install", "link mount.mxfs, mkfs.mxfs and mxfs into the system, install the systemd unit")
     uninstall = add("uninstall", "remove what mxfs install made")
@@ -95,6 +99,8 @@ def _dispatch(words: list[str]) -> int:
             return _move(arguments)
         case "evict":
             return _evict(arguments)
+        case "sync":
+            return _sync(arguments)
         case "install" | "uninstall":
             from mxfsd.cli import install
 
@@ -202,6 +208,15 @@ def _evict(arguments: argparse.Namespace) -> int:
     path, view = _one_view(arguments)
     reply = control.request(path, "evict", MOVE_S, node=arguments.node)
     print(f"{view['volume']}: {reply['node']} (slot {reply['slot']}, incarnation {reply['incarnation']}) is put out")
+    return 0
+
+
+def _sync(arguments: argparse.Namespace) -> int:
+    from mxfsd import control
+
+    for path, view in _views(arguments):
+        control.request(path, "sync", SYNC_S)
+        print(f"{view['volume']}: what was written on {view['node']} is durable")
     return 0
 
 

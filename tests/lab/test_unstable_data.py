@@ -4,12 +4,14 @@
 """
 
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from labkit import Lab, missing_capability, running_lab
+from labkit import Lab, missing_capability, must, running_lab
 
 from mxfsd import procs
 
@@ -179,3 +181,23 @@ def test_open_file_without_a_name(lab: Lab, work: Work) -> None:
         file.write(b", and more")
         kill_home(lab)
         assert within(60, lambda: os.pread(file.fileno(), 100, 0)) == b"data of a file that has no name, and more"
+
+
+def test_what_mxfs_sync_covered_survives_the_death_of_all(lab: Lab, work: Work) -> None:
+    """sync(2) does not reach a FUSE server. The kill follows at once: by itself a node would commit seconds later."""
+    home, node, third = lab.home(), *bystanders(lab)
+    data = os.urandom(1 << 20)
+    fds = {name: os.open(work[name] / name, os.O_WRONLY | os.O_CREAT, 0o644) for name in (home, node)}
+    for name, fd in fds.items():
+        assert os.pwrite(fd, data, 0) == len(data)
+        run_dir = lab.folder / ".lab" / name / "run"
+        must([sys.executable, "-m", "mxfsd.cli.mxfs", "sync", "--run-dir", run_dir])
+    for name in (node, home, third):  # first who could write it again, then who has it in memory
+        lab._mxfs(["lab", "kill", str(lab.folder), name])
+    for fd in fds.values():
+        with suppress(OSError):
+            os.close(fd)
+    for name in lab.names:
+        lab._mxfs(["lab", "start", str(lab.folder), name])
+    assert (work[node] / home).read_bytes() == data
+    assert (work[home] / node).read_bytes() == data

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from mxfs_proto.errors import IoFailure
 from mxfsd.cli import install, mxfs
 from mxfsd.cli.render import age, locks_text, size, status_text
 from mxfsd.cli.table import table
@@ -76,13 +77,19 @@ def daemon(path: Path, status: dict[str, Any], locks: dict[str, Any]) -> Iterato
         moves.append(fields)
         return {"home": fields["node"], "epoch": 8}
 
+    async def sync(fields: dict[str, Any]) -> dict[str, Any]:
+        if status["epoch"] == 13:
+            raise IoFailure("not everything written here is durable: Input/output error")
+        return {}
+
     started = threading.Event()
     stop: list[Any] = []
 
     async def serve() -> None:
         end = asyncio.Event()
         stop.extend([asyncio.get_running_loop(), end])
-        server = ControlServer(path, {"status": tell_status, "locks": tell_locks, "home-move": move})
+        handlers = {"status": tell_status, "locks": tell_locks, "home-move": move, "sync": sync}
+        server = ControlServer(path, handlers)
         await server.start()
         started.set()
         await end.wait()
@@ -109,6 +116,17 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def moves(root: Path) -> Iterator[list[dict[str, Any]]]:
     with daemon(root / UUID / "control.sock", STATUS, LOCKS) as asked:
         yield asked
+
+
+def test_sync_says_when_it_is_done_and_when_it_is_not(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with daemon(root / UUID / "control.sock", STATUS, LOCKS):
+        assert mxfs.main(["sync", "/mnt/shared"]) == 0
+        assert capsys.readouterr().out == f"{UUID}: what was written on alpha is durable\n"
+        assert mxfs.main(["sync", "/mnt/other"]) == 1
+        assert "no such volume is mounted here" in capsys.readouterr().err
+    with daemon(root / "other" / "control.sock", {**STATUS, "epoch": 13}, LOCKS):
+        assert mxfs.main(["sync"]) == 1
+        assert capsys.readouterr().err.endswith("not everything written here is durable: Input/output error\n")
 
 
 def test_status_as_text(moves: object, capsys: pytest.CaptureFixture[str]) -> None:
