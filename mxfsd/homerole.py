@@ -71,6 +71,8 @@ class HomeRole:
         self._incarnations: dict[int, int] = {}
         self._connections: dict[int, int] = {}
         """How often each node has greeted."""
+        self._greeted_at: dict[int, int] = {}
+        """The sequence of the last grant when it did so last."""
         self.shipped = 0
 
     # -- operations ------------------------------------------------------------------------------------------------
@@ -258,7 +260,10 @@ class HomeRole:
             self._sessions_of.setdefault(node, set()).add(session)
 
     def reclaimed(self, node: int, session: int = 0) -> None:
-        """The node has named everything: what it held before (a connection ago) and did not name, it holds no more."""
+        """The node has named everything: what it held before (a connection ago) and did not name, it holds no more.
+
+        What it was granted over this connection stays: it may have named what it holds before that reached it.
+        """
         self.claim_session(node, session)
         self.reclaimed_locks(node)
         named = self._reclaims.pop(node, set())
@@ -267,6 +272,8 @@ class HomeRole:
             if ino in named:
                 continue
             seq = self.master.seq_of(node, ino)
+            if seq > self._greeted_at.get(node, 0):
+                continue
             if seq:
                 self.run(self.master.release(now, node, ino, seq, LockMode.NL, (0, 0)))
             elif node in self.master.opens_of(ino):
@@ -280,6 +287,7 @@ class HomeRole:
         one that it continued: then its FUSE layer is the same, and names what it holds again. The membership has found
         that to be true."""
         self._connections[node] = self._connections.get(node, 0) + 1
+        self._greeted_at[node] = self.master.last_seq
         before = self._incarnations.get(node)
         if before is not None and before != incarnation and not continues:
             self.node_gone(node)

@@ -374,6 +374,11 @@ class LockMaster:
         return ino in self._records
 
     @property
+    def last_seq(self) -> int:
+        """The sequence of the grant given last."""
+        return self._seq
+
+    @property
     def home(self) -> int | None:
         """The node whose FUSE layer holds everything implicitly."""
         return self._home

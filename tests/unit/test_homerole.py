@@ -357,6 +357,7 @@ async def test_what_was_not_named_again_is_held_no_more(rig: Rig) -> None:
     rig.role.on_lock(B, Opens(kept.ino, 0, 2, LockFlag.NONE))
     rig.ship(A, 4, Op.UNLINK, *rig.base, b"file2", *opened)
     assert (await rig.reply(Op.UNLINK))[2][:2] == [*opened]
+    rig.role.greet(B, 1)
     reclaim(rig, B, ReclaimEntry(*kept, LockMode.PR, 0, 2))
     assert rig.role.master.mode_of(B, locked.ino) == LockMode.PR, "not before it has named everything"
     rig.role.reclaimed(B)
@@ -364,8 +365,29 @@ async def test_what_was_not_named_again_is_held_no_more(rig: Rig) -> None:
     assert [master.mode_of(B, file.ino) for file in (locked, opened, kept)] == [LockMode.NL, LockMode.NL, LockMode.PR]
     assert (master.opens_of(opened.ino), master.opens_of(kept.ino)) == ({}, {B: (0, 2)})
     await until(lambda: not rig.lower.orphans())
+    rig.role.greet(B, 1, continues=1)
     rig.role.reclaimed(B)
     assert master.mode_of(B, kept.ino) == LockMode.NL, "names count for one reclaim"
+
+
+async def test_what_is_granted_while_a_node_names_what_it_holds_stays(rig: Rig) -> None:
+    """It asked before it knew that its connection is a new one, and had named what it holds when it got the answer: it
+    uses both locks from then on, and opens the files without a word."""
+    before, by_lock, by_reply = [await rig.make(A, n, b"file%d" % n) for n in (1, 2, 3)]
+    rig.role.on_lock(B, LockReq(1, before.ino, LockMode.PR, LockFlag.NONE, 0, 0))
+    await until(lambda: rig.role.master.mode_of(B, before.ino) == LockMode.PR)
+    rig.role.greet(B, 1)
+    rig.role.on_lock(B, LockReq(2, by_lock.ino, LockMode.PR, LockFlag.NONE, 0, 0))
+    await until(lambda: rig.role.master.mode_of(B, by_lock.ino) == LockMode.PR)
+    rig.ship(B, 1, Op.GETATTR, *by_reply)
+    assert [grant.ino for grant in (await rig.reply(Op.GETATTR))[1]] == [by_reply.ino]
+    rig.role.reclaimed(B)
+    master = rig.role.master
+    assert [master.mode_of(B, file.ino) for file in (before, by_lock, by_reply)] == [
+        LockMode.NL,
+        LockMode.PR,
+        LockMode.PR,
+    ]
 
 
 async def test_a_new_incarnation_ends_what_the_old_one_held(rig: Rig) -> None:
