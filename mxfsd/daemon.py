@@ -109,6 +109,8 @@ class Daemon:
         self.home_slot = 0
         self.root = Fid(0, 0)
         self.peers: dict[int, PeerConnection] = {}
+        self._named: dict[int, PeerConnection] = {}
+        """Connections over which the node has named all that it holds."""
         self.members: Members | None = None
         """Who takes part; known to the home alone."""
         self.succession = Succession(self)
@@ -525,6 +527,7 @@ class Daemon:
             conn.send(FrameType.MOVE, pack_json(fields), epoch=self.epoch)
             conn.close()
         self.peers.clear()
+        self._named.clear()
         if self.stopping is None or not self.stopping.done():
             self.home_slot = target
             self.client = ClientRole(self)
@@ -626,6 +629,8 @@ class Daemon:
 
     def _on_peer_lost(self, conn: PeerConnection, error: MxfsError | None) -> None:
         slot = conn.identity.slot
+        if self._named.get(slot) is conn:
+            del self._named[slot]
         if self.peers.get(slot) is conn:
             del self.peers[slot]
             log.info("peer lost", peer=slot, reason=str(error) if error else "closed")
@@ -647,6 +652,8 @@ class Daemon:
             return
         if home is None or self.peers.get(slot) is not conn:
             return
+        if frame.type in (FrameType.OP_REQ, FrameType.LOCK) and self._named.get(slot) is not conn:
+            return  # from before the node knew of this connection: it says it again, or what it names says it better
         if frame.type is FrameType.OP_REQ:
             if self.serving:
                 home.on_operation(slot, frame)
@@ -662,6 +669,7 @@ class Daemon:
             home.reclaim_locks(slot, frame)
         elif frame.type is FrameType.RECLAIM_DONE:
             home.reclaimed(slot, frame.session)
+            self._named[slot] = conn
             if self.serving:
                 conn.send(FrameType.RESUME, pack_json({"epoch": self.epoch}), epoch=self.epoch)
             self.succession.reclaimed(slot)

@@ -8,12 +8,24 @@ from typing import Any
 import diskimage
 import pytest
 import structlog
-from twodaemons import Cluster, cluster, until
+from twodaemons import Cluster, Quiet, cluster, until
 
 from mxfs_proto.errors import IoFailure, PeerError, Refusal
-from mxfs_proto.frames import HEADER, FrameType, LeaseAck, encode_header, pack_lease_ack, unpack_json
+from mxfs_proto.frames import (
+    HEADER,
+    FrameType,
+    LeaseAck,
+    encode_header,
+    pack_json,
+    pack_lease,
+    pack_lease_ack,
+    pack_lock,
+    unpack_json,
+)
+from mxfs_proto.modes import LockMode
 from mxfs_proto.ondisk import Address
 from mxfs_proto.ops import Fid
+from mxfs_proto.records import LockRelease
 from mxfsd import greeting
 from mxfsd.clientrole import ClientRole
 from mxfsd.io import stream
@@ -79,6 +91,39 @@ async def test_a_node_joins_and_gets_leases_that_count_from_its_own_request(tmp_
         frozen = quiet.calls.count("freeze")
         await until(lambda: quiet.calls.count("freeze") > frozen)
         assert node.client_lease_until_ms <= client._asked_ms[-1] + both.lease_ms
+
+
+async def test_operations_and_locks_count_when_the_node_has_named_what_it_holds(tmp_path: Path) -> None:
+    """What it sent before it knew of the new connection would be granted to it, and taken from it by what it names."""
+    async with cluster(tmp_path) as both:
+        home: Any = both.home
+        home.serving = True
+        home.succession = Quiet()
+        client = ClientRole(both.node)
+        both.node.client = client
+        await client.connect()
+        conn: Any = client._conn
+        release = LockRelease(5, 1, LockMode.NL, 0, 0)
+
+        def say() -> None:
+            conn.send(FrameType.OP_REQ, b"", epoch=5, session=1, seq=1)
+            conn.send(FrameType.LOCK, pack_lock(release), epoch=5)
+            conn.send(FrameType.LEASE, pack_lease(now_ms()), epoch=5)
+
+        say()
+        conn.send(FrameType.RECLAIM_DONE, pack_json({"rows": 0}), epoch=5)
+        await until(lambda: "reclaimed" in home.home.calls)
+        assert not {"on_operation", "on_lock"} & set(home.home.calls)
+        say()
+        await until(lambda: "on_lock" in home.home.calls)
+        assert "on_operation" in home.home.calls
+        await client.connect()  # anew
+        conn = client._conn
+        home.home.calls.clear()
+        say()
+        conn.send(FrameType.RECLAIM_DONE, pack_json({"rows": 0}), epoch=5)
+        await until(lambda: "reclaimed" in home.home.calls)
+        assert not {"on_operation", "on_lock"} & set(home.home.calls)
 
 
 async def test_a_home_whose_own_lease_ended_gives_no_lease(tmp_path: Path) -> None:
