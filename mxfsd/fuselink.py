@@ -33,6 +33,8 @@ log = structlog.get_logger(__name__)
 SOCKET_NAME = "daemon.sock"
 _RECLAIMS = frozenset({FrameType.RECLAIM, FrameType.RECLAIM_LOCKS, FrameType.RECLAIM_DONE})
 _LOST_S = 1.0
+_LAST_WORDS_S = 0.5
+_LOOK_S = 0.005
 
 
 class FuseLink:
@@ -163,6 +165,9 @@ class FuseLink:
         finally:
             loop.remove_reader(fd)
             os.close(fd)
+        until = loop.time() + _LAST_WORDS_S
+        while self._conn is not None and loop.time() < until:
+            await asyncio.sleep(_LOOK_S)  # what it said last, perhaps why it failed, is still to be read
         if self._process is None:  # not a child of ours: its status is not to be had
             self.crashed = True
             self._gone("the FUSE layer ended without a word")

@@ -21,7 +21,7 @@ from mxfs_fuse.loss import LowerEnd, may_be_redone
 from mxfs_fuse.nextdaemon import NextDaemon
 from mxfs_fuse.state import State
 from mxfs_proto.errors import MxfsError, PeerError, Refusal
-from mxfs_proto.frames import Frame, FrameType, pack_json, unpack_json
+from mxfs_proto.frames import Frame, FrameType, encode_header, pack_json, unpack_json
 from mxfs_proto.lockflags import LockFlag
 from mxfs_proto.ondisk import SlotState, volume_id
 from mxfs_proto.ops import Fid, Op
@@ -230,6 +230,36 @@ async def test_what_answers_an_earlier_question_is_not_taken_for_the_answer(tmp_
         assert both.said == [Opens(99, 1, 0, LockFlag.NONE)]
     finally:
         both.close()
+
+
+async def test_why_a_fuse_layer_failed_is_heard_though_it_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its end is noticed at once, before its last frame may have been read."""
+    reason = pack_json({"reason": "no mount point"})
+    frame = encode_header(FrameType.REFUSE, len(reason), 0, 0, 0) + reason
+    script = f"import socket; s = socket.socket(1); s.connect({str(tmp_path / 'daemon.sock')!r}); s.send({frame!r})"
+    popen = subprocess.Popen
+    monkeypatch.setattr(
+        "mxfsd.fuselink.subprocess.Popen", lambda *_args, **_more: popen([sys.executable, "-c", f"{script}; exit(1)"])
+    )
+    gone: list[str] = []
+    link = FuseLink(tmp_path, VOLUME, lambda _frame: None, lambda _record: None, gone.append)
+    loop = asyncio.get_running_loop()
+    await link.start("/nowhere", (), "x", "info", channel="native", local_locks=False)
+    try:
+        add_reader = loop.add_reader
+
+        def late(fd: int, *args: Any) -> None:  # the socket is looked at a moment later than the process
+            loop.call_later(0.05, add_reader, fd, *args)
+
+        monkeypatch.setattr(loop, "add_reader", late)
+        await until(lambda: gone)
+        assert gone == ["no mount point"]
+    finally:
+        assert link._process is not None
+        await until(lambda: link._process.poll() is not None)  # type: ignore[union-attr]
+        link.close()
 
 
 async def test_nothing_is_sent_to_a_fuse_layer_whose_socket_is_gone(tmp_path: Path) -> None:
