@@ -197,7 +197,8 @@ class HomeRole:
             # Another node's unstable data becomes visible with this grant: it is committed first.
             key = (effect.node, effect.ino)
             before = self._ordered.get(key)
-            task = asyncio.get_running_loop().create_task(self._commit_and_send(effect, record, before))
+            connection = self._connections.get(effect.node, 0)
+            task = asyncio.get_running_loop().create_task(self._commit_and_send(effect, record, before, connection))
             self._ordered[key] = task
             task.add_done_callback(lambda done: self._ordered.pop(key) if self._ordered.get(key) is done else None)
             return
@@ -209,9 +210,17 @@ class HomeRole:
         if before is None:
             self._send_lock(node, record)
         else:
-            before.add_done_callback(lambda _done: self._send_lock(node, record))
+            connection = self._connections.get(node, 0)
+            before.add_done_callback(lambda _done: self._send_late(node, record, connection))
 
-    async def _commit_and_send(self, effect: Grant, record: LockGrant, before: asyncio.Task[None] | None) -> None:
+    def _send_late(self, node: int, record: LockRecord, connection: int) -> None:
+        """Send what had to wait, unless the node has connected anew: then it names what it holds, and asks again."""
+        if connection == self._connections.get(node, 0):
+            self._send_lock(node, record)
+
+    async def _commit_and_send(
+        self, effect: Grant, record: LockGrant, before: asyncio.Task[None] | None, connection: int
+    ) -> None:
         if before is not None:
             await asyncio.wait((before,))
         try:
@@ -222,7 +231,7 @@ class HomeRole:
             self._fail(f"data of inode {effect.ino} cannot be made durable: {exc}")
             return
         if not self.failed:
-            self._send_lock(effect.node, record)
+            self._send_late(effect.node, record, connection)
 
     # -- nodes -----------------------------------------------------------------------------------------------------
 

@@ -63,6 +63,8 @@ class Rules:
     self_fence: bool = True
     epoch: bool = True
     grants_by_link: bool = True
+    keeps_granted: bool = True
+    late_by_link: bool = True
     mount_after_lease: bool = True
     master: Callable[..., Any] = LockMaster
     cache: Callable[..., Any] = LockCache

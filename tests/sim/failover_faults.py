@@ -161,6 +161,13 @@ def only(*kinds: str) -> Callable[["World"], None]:
     return lambda world: plan(world, dict.fromkeys(kinds, 1))
 
 
+def breaking_connections(world: "World") -> None:
+    """Connections break all the time: locks are granted while a node names, over a new one, what it holds."""
+    world.faults.append("breaking connections")
+    for when in range(200, 2500, 35):
+        world.engine.at(when, Faults(world).connection)
+
+
 def frozen_home(world: "World") -> None:
     """The home stops for longer than its lease, and goes on; commands of others get lost meanwhile."""
     node = world.nodes[1]

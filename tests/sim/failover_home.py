@@ -84,6 +84,7 @@ class Home:
         self.op_ids = 0
         self.queues: dict[int, list[tuple[int, tuple[Any, ...]]]] = {}
         self.named: dict[int, set[int]] = {}
+        self.greeted: dict[int, int] = {}
         self.reaping: set[int] = set()
 
     # -- recovery ----------------------------------------------------------------------------------------------
@@ -152,17 +153,18 @@ class Home:
         queue.append((ino, message))
         if len(queue) == 1:
             if ino and self.uncommitted(ino):
-                self.world.engine.spawn(self._drain(slot, queue), self.node.daemon)
+                self.world.engine.spawn(self._drain(slot, queue, self.links.get(slot)), self.node.daemon)
             else:
                 self._pass(slot, message)
                 queue.clear()
 
-    def _drain(self, slot: int, queue: list[tuple[int, tuple[Any, ...]]]) -> Steps:
+    def _drain(self, slot: int, queue: list[tuple[int, tuple[Any, ...]]], link: Link | None) -> Steps:
         while queue:
             ino, message = queue[0]
             if ino and self.uncommitted(ino) and not (yield from self.mount.fsync(ino)):
                 return
-            self._pass(slot, message)
+            if self.links.get(slot) is link or not self.rules.late_by_link:
+                self._pass(slot, message)  # over another connection the node has said, or says now, what it holds
             queue.pop(0)
 
     def uncommitted(self, ino: int) -> bool:
@@ -269,6 +271,7 @@ class Home:
             self.sessions.drop(self.session_of[slot])
         self.session_of[slot] = fuse.serial
         self.links[slot] = link
+        self.greeted[slot] = self.master.last_seq
         self.queues.pop(slot, None)
         self.tell(slot, "welcome", self.serving)
 
@@ -304,7 +307,9 @@ class Home:
             case ("reclaimed",):
                 named = self.named.pop(slot, set())
                 for ino in set(master.recorded()) - named:
-                    self.run(master.release(now, slot, ino, master.seq_of(slot, ino), NL, (0, 0)))
+                    seq = master.seq_of(slot, ino)
+                    if seq <= self.greeted[slot] or not self.rules.keeps_granted:  # else granted over this connection
+                        self.run(master.release(now, slot, ino, seq, NL, (0, 0)))
                 self.node.go(self.node.takeover.reclaimed(slot))
                 if self.serving:
                     self.tell(slot, "serve")

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 from failover import Rules, simulate
-from failover_faults import between_change_and_outcome, frozen_home, only
+from failover_faults import between_change_and_outcome, breaking_connections, frozen_home, only
 from simcheck import Broken
 
 from mxfsd.core.keeper import Keeper
@@ -83,6 +83,16 @@ MUTANTS: list[tuple[str, Rules, dict[str, Any]]] = [
     ("no self-fence", Rules(self_fence=False, lease_check=False), {"agent": "lease"}),
     ("no end of the lease", Rules(keeper=TrustsItsLeaseForEver), {"agent": "lease"}),
     ("replies of an earlier connection bring grants", Rules(grants_by_link=False), {"faults": only("connection")}),
+    (
+        "grants that waited go out over another connection",
+        Rules(late_by_link=False),
+        {"threads": 4, "faults": breaking_connections},
+    ),
+    (
+        "reclaims end what was granted meanwhile",
+        Rules(keeps_granted=False),
+        {"threads": 4, "faults": breaking_connections},
+    ),
 ]
 
 

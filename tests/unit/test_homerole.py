@@ -319,6 +319,27 @@ async def test_a_grant_waits_for_the_commit_of_another_s_data(rig: Rig) -> None:
     assert grant.seq > first_seq(EPOCH)
 
 
+async def test_a_grant_that_waited_is_not_sent_over_another_connection(rig: Rig) -> None:
+    """The node has named over that what it holds, without this lock: it is taken from it, and it would use it."""
+    file = await rig.make(A, 1, b"file")
+    rig.ship(A, 2, Op.WRITE, *file, 0, 0, b"data")
+    await rig.reply(Op.WRITE)
+    rig.role.greet(B, 1)
+    rig.lower.gate.shut()
+    rig.role.on_lock(B, LockReq(9, file.ino, LockMode.PR, LockFlag.NONE, 0, 0))
+    await until(rig.lower.gate.entered.is_set)
+    rig.role.on_lock(A, LockReq(8, file.ino, LockMode.EX, LockFlag.NONE, 0, 0))
+    rig.role.greet(B, 1, continues=1)
+    rig.role.reclaimed(B)
+    rig.lower.gate.open()
+    await until(lambda: not rig.role._ordered)
+    await turns()
+    assert rig.of(B) == []
+    assert rig.role.master.mode_of(B, file.ino) == LockMode.NL
+    rig.role.on_lock(B, LockReq(9, file.ino, LockMode.PR, LockFlag.NONE, 0, 0))
+    await until(lambda: rig.of(B) or rig.of(A))
+
+
 async def test_the_writer_itself_waits_for_no_commit(rig: Rig) -> None:
     file = await rig.make(A, 1, b"file")
     rig.role.on_lock(A, Opens(file.ino, 0, 1, LockFlag.NONE))  # else the home gets the file back, with a commit
