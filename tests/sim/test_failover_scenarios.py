@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from failover import World, simulate
-from failover_faults import Faults, between_change_and_outcome, frozen_home
+from failover_faults import Faults, between_change_and_outcome, breaking_connections, frozen_home
 from simcheck import Broken
 
 from mxfsd.core.takeover import AwaitReclaims, ClaimLease, Fence, Mount, Serve, Settle
@@ -169,6 +169,12 @@ def test_all_freeze_and_nobody_is_put_out_while_the_disk_is_away(until: int, han
     for seed in SEEDS:
         world = simulate(seed, agent=agent, faults=faults, late=0.0)
         assert world.deaths == 0, f"seed {seed}"
+
+
+def test_connections_that_break_all_the_time() -> None:
+    """What is granted while a node names what it holds, or goes out late, is neither lost nor believed in vain."""
+    worlds = [simulate(seed, faults=breaking_connections, threads=4) for seed in range(300, 500)]
+    assert sum(world.ledger.counts["done"] for world in worlds) > 5 * len(worlds)
 
 
 def test_the_target_forgets_its_registrations() -> None:
