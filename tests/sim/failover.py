@@ -63,7 +63,6 @@ class Rules:
     self_fence: bool = True
     epoch: bool = True
     grants_by_link: bool = True
-    keeps_granted: bool = True
     late_by_link: bool = True
     mount_after_lease: bool = True
     master: Callable[..., Any] = LockMaster

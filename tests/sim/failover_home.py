@@ -308,7 +308,7 @@ class Home:
                 named = self.named.pop(slot, set())
                 for ino in set(master.recorded()) - named:
                     seq = master.seq_of(slot, ino)
-                    if seq <= self.greeted[slot] or not self.rules.keeps_granted:  # else granted over this connection
+                    if seq <= self.greeted[slot]:  # else granted over this connection
                         self.run(master.release(now, slot, ino, seq, NL, (0, 0)))
                 self.node.go(self.node.takeover.reclaimed(slot))
                 if self.serving:

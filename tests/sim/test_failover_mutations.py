@@ -88,11 +88,6 @@ MUTANTS: list[tuple[str, Rules, dict[str, Any]]] = [
         Rules(late_by_link=False),
         {"threads": 4, "faults": breaking_connections},
     ),
-    (
-        "reclaims end what was granted meanwhile",
-        Rules(keeps_granted=False),
-        {"threads": 4, "faults": breaking_connections},
-    ),
 ]
 
 
