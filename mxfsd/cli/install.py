@@ -6,8 +6,8 @@ from pathlib import Path
 
 from mxfs_proto.errors import IoFailure, MisuseError
 
-# mount(8) runs /sbin/mount.TYPE and mkfs(8) finds mkfs.TYPE on its own path, which has /sbin too.
-LINKS = {"mount.mxfs": "sbin", "mkfs.mxfs": "sbin", "mxfs": "usr/local/bin"}
+# mount(8) runs /sbin/mount.TYPE; mkfs(8) and fsck(8) find mkfs.TYPE and fsck.TYPE on a path of their own with /sbin.
+LINKS = {"mount.mxfs": "sbin", "mkfs.mxfs": "sbin", "fsck.mxfs": "sbin", "mxfs": "usr/local/bin"}
 UNIT = "mxfsd@.service"
 UNIT_FOLDER = "etc/systemd/system"
 

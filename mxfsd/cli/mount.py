@@ -179,14 +179,15 @@ def volume_uuid(device: str) -> str:
     try:
         return format_uuid(volume_of(device))
     except ForeignRecord as error:
-        raise MountError(_what_instead(device, str(error))) from None
+        raise MountError(what_instead(device, str(error))) from None
     except MediaError as error:
         raise MountError(f"damaged lockspace: {error}") from None
     except MxfsError as error:
         raise MountError(str(error)) from None
 
 
-def _what_instead(device: str, detail: str) -> str:
+def what_instead(device: str, detail: str) -> str:
+    """Return what is on a device that has no MXFS volume, and what to do about it."""
     import subprocess
 
     found = subprocess.run(

@@ -20,7 +20,7 @@ SYNC_S = 600.0
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the parser of everything but ``lab``, ``info`` and ``pr``, which have their own."""
+    """Return the parser of everything but ``lab``, ``info``, ``pr`` and ``fsck``, which have their own."""
     top = argparse.ArgumentParser(prog="mxfs", description="Look after MXFS volumes.")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -39,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
     with_volume(locks)
     add("info", "show a device's lockspace: mxfs info DEVICE [--json]")
     add("pr", "show who is registered at the disk, its persistent reservations: mxfs pr DEVICE [--json]")
+    add("fsck", "check and repair a volume that no node has: mxfs fsck DEVICE [-n] [--json]")
     home = add("home", "move the home of a volume: mxfs home move NODE")
     actions = home.add_subparsers(dest="action", required=True, metavar="move")
     move = actions.add_parser("move", help="move it to a node")
@@ -53,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     sync.add_argument("volume", nargs="?", help="uuid, label, device or mount point (default: all)")
     sync.add_argument("--run-dir", metavar="DIR", help="where the run directories are (default /run/mxfs)")
     add("lab", "a cluster on this machine, to try things out: mxfs lab --help")
-    install = add("install", "link mount.mxfs, mkfs.mxfs and mxfs into the system, install the systemd unit")
+    install = add("install", "link mount.mxfs, mkfs.mxfs, fsck.mxfs and mxfs into the system, install the systemd unit")
     uninstall = add("uninstall", "remove what mxfs install made")
     for command in (install, uninstall):
         command.add_argument("--root", default="/", help="another root folder than /")
@@ -89,6 +90,10 @@ def _dispatch(words: list[str]) -> int:
         from mxfsd.cli.pr import main_pr
 
         return main_pr(words[1:])
+    if words[:1] == ["fsck"]:
+        from mxfsd.cli.fsck import main_fsck
+
+        return main_fsck(words[1:])
     arguments = parser().parse_args(words)
     match arguments.command:
         case "status":

@@ -180,17 +180,22 @@ class Lockspace:
         """Return the slots 1..64 in order, None where a record is unreadable (see ``bad``). Raises IoFailure."""
         return self.snapshot().slots
 
+    def read_record(self, number: int) -> bytes:
+        """Return the bytes of record *number* as they are, good or not. Raises IoFailure."""
+        return self.disk.read(self._base + number * RECORD_BYTES, RECORD_BYTES)
+
     # --- writing ------------------------------------------------------------------------------------------
 
     def write_slot(self, record: SlotRecord) -> None:
         """Write a slot that is ours. Raises IoFailure."""
-        self._write(slot_record(record.slot), record.encode(self.volume))
+        self.write_record(slot_record(record.slot), record.encode(self.volume))
 
     def write_lease(self, record: LeaseRecord) -> None:
         """Write the copy of the lease that the sequence number selects. Raises IoFailure."""
-        self._write(LEASE_RECORDS[record.sequence % 2], record.encode(self.volume))
+        self.write_record(LEASE_RECORDS[record.sequence % 2], record.encode(self.volume))
 
-    def _write(self, number: int, data: bytes) -> None:
+    def write_record(self, number: int, data: bytes) -> None:
+        """Write an encoded record to its place. Raises IoFailure."""
         self.disk.write(self._base + number * RECORD_BYTES, data)
 
     # --- claims -------------------------------------------------------------------------------------------

@@ -230,13 +230,13 @@ def test_a_table_without_rows_is_its_head() -> None:
 @pytest.mark.needs("root")
 def test_install_and_uninstall_below_another_root(tmp_path: Path) -> None:
     made = install.install(tmp_path)
-    assert len(made) == 4
+    assert len(made) == 5
     helper = tmp_path / "sbin" / "mount.mxfs"
     assert helper.is_symlink()
     assert helper.resolve().name == "mount.mxfs"
     assert (tmp_path / "etc/systemd/system/mxfsd@.service").read_text() == install.unit_source().read_text()
     assert install.install(tmp_path) == made  # again, over its own
-    assert len(install.uninstall(tmp_path)) == 4
+    assert len(install.uninstall(tmp_path)) == 5
     assert [path for path in tmp_path.rglob("*") if not path.is_dir()] == []
     assert install.uninstall(tmp_path) == []
 
