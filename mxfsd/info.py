@@ -121,12 +121,17 @@ def render(data: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of ``mxfs info``."""
+    made = argparse.ArgumentParser(prog="mxfs info", description="Show the lockspace of a volume.")
+    made.add_argument("device", help="block device with an MXFS volume")
+    made.add_argument("--json", action="store_true", help="print JSON")
+    return made
+
+
 def main_info(args: list[str]) -> int:
     """Run ``mxfs info``; return the exit code (1 and one line on stderr for an error)."""
-    parser = argparse.ArgumentParser(prog="mxfs info", description="Show the lockspace of a volume.")
-    parser.add_argument("device", help="block device with an MXFS volume")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    options = parser.parse_args(args)
+    options = parser().parse_args(args)
     try:
         data = info(options.device)
     except MxfsError as error:

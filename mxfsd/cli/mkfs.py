@@ -59,21 +59,26 @@ class _Parser(argparse.ArgumentParser):
         sys.exit(1)
 
 
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of what comes before ``--``."""
+    made = _Parser(
+        prog="mkfs.mxfs", description="Make an MXFS volume.", usage="%(prog)s DEVICE [-f] [-L label] "
+        "[--lockspace-size SIZE] [-- mkfs.xfs options]"
+    )  # fmt: skip
+    made.add_argument("device", help="shared block device")
+    made.add_argument("-f", "--force", action="store_true", help="overwrite what is on the device")
+    made.add_argument("-L", "--label", default="", help=f"label, at most {LABEL_BYTES} bytes")
+    made.add_argument("--lockspace-size", default=str(DEFAULT_LOCKSPACE_BYTES), help="default 16M")
+    return made
+
+
 def parse_arguments(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Return the options and what follows ``--``."""
     extra: list[str] = []
     if "--" in args:
         at = args.index("--")
         args, extra = args[:at], args[at + 1 :]
-    parser = _Parser(
-        prog="mkfs.mxfs", description="Make an MXFS volume.", usage="%(prog)s DEVICE [-f] [-L label] "
-        "[--lockspace-size SIZE] [-- mkfs.xfs options]"
-    )  # fmt: skip
-    parser.add_argument("device", help="shared block device")
-    parser.add_argument("-f", "--force", action="store_true", help="overwrite what is on the device")
-    parser.add_argument("-L", "--label", default="", help=f"label, at most {LABEL_BYTES} bytes")
-    parser.add_argument("--lockspace-size", default=str(DEFAULT_LOCKSPACE_BYTES), help="default 16M")
-    return parser.parse_args(args), extra
+    return parser().parse_args(args), extra
 
 
 def check_options(options: argparse.Namespace, extra: list[str]) -> int:

@@ -19,6 +19,8 @@ from mxfs_proto.errors import MediaError, MxfsError
 from mxfsd import control, mountinfo, rundir, spawn
 from mxfsd.options import MountOptions, parse
 
+FLAGS = "sfnvrwo:t:N:"
+"""For getopt(3): what mount(8) may call a helper with."""
 USAGE = "usage: mount.mxfs DEVICE|UUID=…|LABEL=… DIR [-sfnvrw] [-N namespace] [-o options] [-t mxfs]"
 READY_S = 30.0
 LOCK_S = 40.0
@@ -64,7 +66,7 @@ class Arguments:
 def parse_arguments(argv: Sequence[str]) -> Arguments:
     """Parse mount(8)'s call of a helper: SPEC and DIR first, flags after; options may be given several times."""
     try:
-        flags, operands = getopt.gnu_getopt(list(argv), "sfnvrwo:t:N:")
+        flags, operands = getopt.gnu_getopt(list(argv), FLAGS)
     except getopt.GetoptError as error:
         raise MountError(f"{error}; {USAGE}", EXIT_USAGE) from None
     if len(operands) != 2:

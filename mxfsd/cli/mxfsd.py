@@ -12,20 +12,25 @@ if TYPE_CHECKING:
     from mxfsd.options import MountOptions
 
 
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the daemon's command line."""
+    made = argparse.ArgumentParser(prog="mxfsd", description="the daemon of one MXFS volume on this node")
+    made.add_argument("--device", required=True)
+    made.add_argument("--mountpoint", required=True)
+    made.add_argument("--options", default="")
+    made.add_argument("--run-dir")
+    made.add_argument("--ready-fd", type=int, default=-1)
+    made.add_argument("--supervised", action="store_true", help="a service manager starts it again where it fails")
+    return made
+
+
 def main() -> int:
     """Entry point. Tells ``--ready-fd`` one line: ``ready``, or ``error: REASON``. Returns the exit status.
 
     0: the mount is gone, or this node is out of the volume: there is nothing to start again for. EXIT_FAILED: the FUSE
     layer waits for the next daemon. 1: not mounted, or not gone on with.
     """
-    parser = argparse.ArgumentParser(prog="mxfsd", description="the daemon of one MXFS volume on this node")
-    parser.add_argument("--device", required=True)
-    parser.add_argument("--mountpoint", required=True)
-    parser.add_argument("--options", default="")
-    parser.add_argument("--run-dir")
-    parser.add_argument("--ready-fd", type=int, default=-1)
-    parser.add_argument("--supervised", action="store_true", help="a service manager starts it again where it fails")
-    args = parser.parse_args()
+    args = parser().parse_args()
 
     from mxfsd import log, options
 

@@ -141,13 +141,18 @@ def render(data: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of ``mxfs pr``."""
+    made = argparse.ArgumentParser(prog="mxfs pr", description="Show the persistent reservations of a shared disk.")
+    made.add_argument("device", help="block device, or iscsi://HOST[:PORT]/TARGET/LUN")
+    made.add_argument("--json", action="store_true", help="print JSON")
+    made.add_argument("--timeout", type=_seconds, default=10.0, metavar="S", help="seconds for each command (10)")
+    return made
+
+
 def main_pr(args: list[str]) -> int:
     """Run ``mxfs pr``; return the exit code (1 and one line on stderr for an error)."""
-    parser = argparse.ArgumentParser(prog="mxfs pr", description="Show the persistent reservations of a shared disk.")
-    parser.add_argument("device", help="block device, or iscsi://HOST[:PORT]/TARGET/LUN")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--timeout", type=_seconds, default=10.0, metavar="S", help="seconds for each command (10)")
-    options = parser.parse_args(args)
+    options = parser().parse_args(args)
     try:
         data = collect(options.device, round(options.timeout * 1000))
     except MxfsError as error:

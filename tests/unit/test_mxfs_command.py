@@ -230,13 +230,14 @@ def test_a_table_without_rows_is_its_head() -> None:
 @pytest.mark.needs("root")
 def test_install_and_uninstall_below_another_root(tmp_path: Path) -> None:
     made = install.install(tmp_path)
-    assert len(made) == 5
+    assert len(made) == len(install.LINKS) + len(install.files())
+    assert (tmp_path / "usr/local/share/man/man8/mxfs.8").read_text().startswith('.\\" Part of MXFS')
     helper = tmp_path / "sbin" / "mount.mxfs"
     assert helper.is_symlink()
     assert helper.resolve().name == "mount.mxfs"
     assert (tmp_path / "etc/systemd/system/mxfsd@.service").read_text() == install.unit_source().read_text()
     assert install.install(tmp_path) == made  # again, over its own
-    assert len(install.uninstall(tmp_path)) == 5
+    assert len(install.uninstall(tmp_path)) == len(made)
     assert [path for path in tmp_path.rglob("*") if not path.is_dir()] == []
     assert install.uninstall(tmp_path) == []
 
@@ -250,3 +251,19 @@ def test_install_replaces_nothing_that_is_not_ours(tmp_path: Path, capsys: pytes
     assert (tmp_path / "sbin" / "mount.mxfs").read_text() == "somebody's"
     install.uninstall(tmp_path)
     assert (tmp_path / "sbin" / "mount.mxfs").exists()
+
+
+@pytest.mark.needs("root")
+def test_a_page_of_another_is_neither_replaced_nor_removed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = tmp_path / install.MAN_FOLDER / "mxfs.8"
+    place.parent.mkdir(parents=True)
+    place.write_text("somebody's page")
+    assert mxfs.main(["install", "--root", str(tmp_path)]) == 1
+    assert f"{place} exists and is not ours: remove it first" in capsys.readouterr().err
+    assert [path for path in tmp_path.rglob("*") if not path.is_dir()] == [place]  # nothing else was made
+    place.unlink()
+    install.install(tmp_path)
+    place.unlink()
+    place.symlink_to("/dev/null")
+    assert all(str(place) not in line for line in install.uninstall(tmp_path))
+    assert [path for path in tmp_path.rglob("*") if not path.is_dir()] == [place]
