@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     sync.add_argument("volume", nargs="?", help="uuid, label, device or mount point (default: all)")
     sync.add_argument("--run-dir", metavar="DIR", help="where the run directories are (default /run/mxfs)")
     add("lab", "a cluster on this machine, to try things out: mxfs lab --help")
-    install = add("install", "link mount.mxfs, mkfs.mxfs, fsck.mxfs and mxfs into the system, install the systemd unit")
+    install = add("install", "link the commands into the system, install systemd unit, man pages, completion")
     uninstall = add("uninstall", "remove what mxfs install made")
     for command in (install, uninstall):
         command.add_argument("--root", default="/", help="another root folder than /")
