@@ -87,6 +87,7 @@ CAPABILITIES: dict[str, Callable[[], str | None]] = {
     "fio": lambda: _tool("fio"),
     "setfacl": lambda: _tool("setfacl"),
     "setfattr": lambda: _tool("setfattr"),
+    "groff": lambda: _tool("groff"),
     "kvm": lambda: None if os.access("/dev/kvm", os.R_OK | os.W_OK) else "no access to /dev/kvm",
     "systemd": lambda: None if Path("/run/systemd/system").is_dir() else "systemd does not run here",
 }

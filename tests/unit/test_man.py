@@ -2,7 +2,6 @@
 
 import argparse
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -136,17 +135,15 @@ def test_every_command_has_a_page() -> None:
     assert {page.stem for page in PAGES} == {"mkfs.mxfs", "mount.mxfs", "fsck.mxfs", "mxfs", "mxfsd"}
 
 
+@pytest.mark.needs("groff")  # test_form looks at the pages in any case
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_groff_has_nothing_to_say(page: Path) -> None:
-    if shutil.which("groff") is None:
-        pytest.skip("groff is not installed; test_form looks at the pages in any case")
     done = subprocess.run(["groff", "-man", "-ww", "-Tutf8", "-z", str(page)], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+@pytest.mark.needs("groff")
 def test_groff_would_say_something(tmp_path: Path) -> None:
-    if shutil.which("groff") is None:
-        pytest.skip("groff is not installed")
     (tmp_path / "bad.8").write_text(".TH BAD 8\n.SH NAME\nbad \\- x\n.NOSUCH\n")
     bad = subprocess.run(
         ["groff", "-man", "-ww", "-Tutf8", "-z", str(tmp_path / "bad.8")], capture_output=True, text=True
