@@ -143,6 +143,11 @@ class Hold:
                 f"the home in slot {lease.owner_slot} ended and left no word of it: mount the volume on one node, "
                 "which takes over, unmount it, then try again"
             )
+        if owner.pr_key and not self._agent.key:
+            raise IoFailure(
+                f"the home {owner.name!r} died with a registration at the disk, which this host cannot take away "
+                f"({self._agent.warning}): mount the volume on one node, unmount it, then try again"
+            )
         if owner.state in GONE:
             return Victim(owner.slot, owner.incarnation, owner.pr_key, Verdict.FAILED), None
         self._await_silence(lease, owner)

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import IO, Any, NoReturn
 
 from mxfs_proto.errors import IoFailure, MediaError, MxfsError
-from mxfs_proto.ondisk import ForeignRecord, format_uuid
+from mxfs_proto.ondisk import ForeignRecord, OtherVersion, format_uuid
 from mxfs_proto.xfs_sb import NotXfs
 from mxfsd.cli.mkfs import hide_fuse_mounts
 from mxfsd.cli.mount import MountError, check_not_running, check_unused, what_instead
@@ -47,19 +47,25 @@ class CannotCheck(MxfsError):
 
 @dataclass(slots=True)
 class Result:
-    """What was found and done. *xfs*: clean, dirty log, corrupt, repaired, unreadable."""
+    """What was found and done. *xfs*: clean, dirty log, corrupt, repaired, unreadable, not checked."""
 
     device: str
     volume: str
+    change: bool = False
+    """Whether it was to be repaired."""
     records: list[Damage] = field(default_factory=list)
     stale: list[Stale] = field(default_factory=list)
     xfs: str = "clean"
     xfs_says: list[str] = field(default_factory=list)
     held: str = ""
+    failure: str = ""
+    """What kept the rest from being done; what was done before it stands above."""
 
     @property
     def code(self) -> int:
         """The exit code."""
+        if self.failure:
+            return EXIT_FAILED
         if self.xfs not in ("clean", "repaired") or any(not damage.repaired for damage in self.records):
             return EXIT_ERRORS
         return EXIT_REPAIRED if self.records or self.xfs == "repaired" else EXIT_CLEAN
@@ -120,6 +126,8 @@ def open_volume(device: str, *, writable: bool) -> tuple[Lockspace, bool]:
     except ForeignRecord as error:
         detail = str(error)
         raise CannotCheck(detail if "belongs to" in detail else f"{device} {what_instead(device, detail)}") from None
+    except OtherVersion as error:
+        raise CannotCheck(f"{device}: {error}: check it with the mxfs that its nodes run") from None
     except MediaError as error:
         raise CannotCheck(
             f"{device}: no copy of the lockspace's header is good ({error}): nothing can be repaired without it"
@@ -219,6 +227,7 @@ def check_xfs(result: Result) -> None:
     """Look at the XFS without changing it."""
     code, lines, dirty = xfs_repair(result.device, "-n")
     if code == 0:
+        result.xfs = "clean"
         return
     result.xfs = "dirty log" if dirty else "corrupt"
     # What a log that was not replayed makes look wrong is no damage.
@@ -257,9 +266,7 @@ def check(device: str, *, change: bool) -> Result:
     try:
         return _check(device, change=change)
     except IoFailure as error:
-        if error.errno == errno.EBADE:  # the block layer's word for RESERVATION CONFLICT
-            raise reserved(device) from None
-        raise
+        raise CannotCheck(_reason(device, error)) from None
 
 
 def _check(device: str, *, change: bool) -> Result:
@@ -270,18 +277,29 @@ def _check(device: str, *, change: bool) -> Result:
             check_not_running(MountOptions().run_dir(uuid))
         except MountError as error:
             raise CannotCheck(f"{device}: {error}: unmount it first") from None
-        result = Result(device, uuid, stale=watch_nodes(lockspace, say), records=find_damage(lockspace))
-        if change:
-            repair(lockspace, result.records)
+        result = Result(device, uuid, change, stale=watch_nodes(lockspace, say), records=find_damage(lockspace))
+        result.xfs = "not checked" if has_xfs else "unreadable"
+        try:
+            if change:
+                repair(lockspace, result.records)
+        except MxfsError as error:
+            result.failure = _reason(device, error)
+            return result
     finally:
         lockspace.close()
-    if not has_xfs:
-        result.xfs = "unreadable"
-        return result
-    check_xfs(result)
-    if change and result.xfs == "corrupt":
-        repair_xfs(result)
+    if has_xfs:
+        try:
+            check_xfs(result)
+            if change and result.xfs == "corrupt":
+                repair_xfs(result)
+        except MxfsError as error:
+            result.failure = _reason(device, error)
     return result
+
+
+def _reason(device: str, error: MxfsError) -> str:
+    """Return the one line. EBADE is the block layer's word for RESERVATION CONFLICT."""
+    return str(reserved(device) if error.errno == errno.EBADE else error)
 
 
 def as_json(result: Result) -> dict[str, Any]:
@@ -298,6 +316,7 @@ def as_json(result: Result) -> dict[str, Any]:
         "xfs": result.xfs,
         "xfs_repair": result.xfs_says,
         "held": result.held or None,
+        "failure": result.failure or None,
     }
 
 
@@ -308,20 +327,22 @@ def render(result: Result) -> str:
         home = ", the home," if slot.is_home else ""
         lines.append(f"slot {slot.slot}: node {slot.node!r}{home} is dead (it left the slot {slot.state}): no damage")
     for damage in result.records:
-        done = "written anew" if damage.repaired else damage.advice or "run without -n to write it anew"
+        left = "not written" if result.change else "run without -n to write it anew"
+        done = "written anew" if damage.repaired else damage.advice or left
         lines.append(f"{damage.name}: damaged: {damage.reason}: {done}")
     lines += [f"xfs_repair: {line}" for line in result.xfs_says]
     if result.held:
-        lines.append(f"XFS: the volume was held meanwhile ({result.held}) and is free again")
+        lines.append(f"XFS: the volume was held for the repair ({result.held})")
     advice = {
         "clean": "",
         "repaired": "",
-        "corrupt": ": run without -n to repair it",
+        "corrupt": ": not repaired" if result.change else ": run without -n to repair it",
         "dirty log": f": its home died. Mount it once, which replays the log: mount -t mxfs {result.device} DIR",
+        "not checked": "",
         "unreadable": ": no superblock at the beginning of the device; see xfs_repair(8) for the search for a copy",
     }[result.xfs]
     lines.append(f"XFS: {result.xfs}{advice}")
-    words = {EXIT_CLEAN: "clean", EXIT_REPAIRED: "repaired", EXIT_ERRORS: "errors left"}
+    words = {EXIT_CLEAN: "clean", EXIT_REPAIRED: "repaired", EXIT_ERRORS: "errors left", EXIT_FAILED: "not done"}
     lines.append(f"{result.device}: {words[result.code]}")
     return "\n".join(lines)
 
@@ -388,6 +409,8 @@ def _run(prog: str, options: argparse.Namespace) -> int:
         print(f"{prog}: interrupted; what was begun may be half done: run it again", file=sys.stderr)
         return EXIT_FAILED
     print(json.dumps(as_json(result), indent=2) if options.json else render(result))
+    if result.failure:
+        print(f"{prog}: {result.failure}", file=sys.stderr)
     return result.code
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from diskimage import FakeClock, loop_device, loop_missing, open_lockspace
+from faketarget import FakeTarget
 
 from mxfs_proto.errors import IoFailure
 from mxfs_proto.ondisk import (
@@ -36,6 +38,7 @@ from mxfsd.core.watch import Snapshot
 from mxfsd.io.disk import Disk
 from mxfsd.io.lockspace import ClaimRefused, Lockspace
 from mxfsd.options import RUN_ROOT_ENV
+from mxfsd.pr.reservations import Reservations
 
 pytestmark = pytest.mark.skipif(bool(loop_missing()), reason=loop_missing() or "loop devices work")
 T = Timeouts.named("fast")
@@ -186,6 +189,17 @@ def refusal(capsys: Capsys, *args: str) -> str:
     return lines[0]
 
 
+def failure(capsys: Capsys, *args: str) -> tuple[str, str]:
+    """Return the one line on stderr, and what was said before of what had been found and done."""
+    code, out, err = run(capsys, *args)
+    assert code == 8
+    lines = [line for line in err.splitlines() if not line.startswith("fsck: ")]
+    assert len(lines) == 1
+    assert lines[0].startswith("mxfs fsck: ")
+    assert out.splitlines()[-1].endswith(": not done")
+    return lines[0], out
+
+
 def found(capsys: Capsys, *args: str) -> tuple[int, dict[str, object]]:
     code, out, _ = run(capsys, *args, "--json")
     data = json.loads(out)
@@ -309,6 +323,20 @@ def test_refuses_a_torn_header(volume: Volume, capsys: Capsys) -> None:
     assert volume.changed(before) == set()
 
 
+def test_refuses_a_volume_of_another_version(volume: Volume, capsys: Capsys) -> None:
+    import zlib
+
+    for offset in (LOCKSPACE, SIZE - RECORD_BYTES):
+        with Disk(volume.device, readonly=True) as disk:
+            data = bytearray(disk.read(offset, RECORD_BYTES))
+        data[8:10] = b"\x02\0"
+        data[44:48] = zlib.crc32(data[:44]).to_bytes(4, "little")
+        volume.put(offset, bytes(data))
+    assert "format version 2, this is version 1: check it with the mxfs that its nodes run" in refusal(
+        capsys, volume.device
+    )
+
+
 def test_refuses_what_is_no_device(
     tmp_path: Path, volume: Volume, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -335,14 +363,16 @@ def test_says_the_way_out_of_a_reservation(volume: Volume, capsys: Capsys, monke
 
 def test_says_that_xfsprogs_is_missing(volume: Volume, capsys: Capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fsck.shutil, "which", lambda name: "/nonexistent/xfs_repair")
-    assert "install xfsprogs" in refusal(capsys, volume.device, "-n")
+    assert "install xfsprogs" in failure(capsys, volume.device, "-n")[0]
 
 
 def test_a_tool_that_does_not_begin_is_no_clean_volume(
     volume: Volume, tmp_path: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tool(tmp_path, monkeypatch, "echo cannot open it; exit 1")
-    assert "could not work on" in refusal(capsys, volume.device, "-n")
+    line, out = failure(capsys, volume.device, "-n")
+    assert "could not work on" in line
+    assert "XFS: not checked" in out
 
 
 @pytest.mark.parametrize("args", [[], ["/dev/null", "--what"], ["-x"]])
@@ -535,7 +565,10 @@ def test_a_disk_that_loses_the_repair_is_no_success(
 ) -> None:
     volume.tear(slot_record(5))
     monkeypatch.setattr(Lockspace, "write_record", lambda self, number, data: None)
-    assert "the disk loses writes" in refusal(capsys, volume.device)
+    line, out = failure(capsys, volume.device)
+    assert "the disk loses writes" in line
+    assert "slot 5: damaged: " in out
+    assert out.splitlines()[1].endswith(": not written")
 
 
 def test_dead_nodes_are_named(volume: Volume, clock: FakeClock, capsys: Capsys) -> None:
@@ -577,7 +610,7 @@ def test_a_corrupt_xfs_is_repaired_while_the_volume_is_held(volume: Volume, tmp_
     assert volume.changed(before) == set()
     code, out, err = run(capsys, volume.device)
     assert code == 1
-    assert "XFS: the volume was held meanwhile (slot 1, epoch 1) and is free again" in out
+    assert "XFS: the volume was held for the repair (slot 1, epoch 1)" in out
     assert "XFS: repaired" in out
     outside = {offset for offset in volume.changed(before) if offset >= LOCKSPACE}
     assert outside == {LOCKSPACE + number * RECORD_BYTES for number in (*LEASE_RECORDS, slot_record(1))}
@@ -638,7 +671,25 @@ def test_a_home_that_cannot_be_fenced_stops_the_repair(
     volume.join("n1", SlotState.FAILED, home=True)
     volume.put(INOBT, os.urandom(RECORD_BYTES))
     before = volume.blocks()
-    assert "no answer" in refusal(capsys, volume.device)
+    line, out = failure(capsys, volume.device)
+    assert "no answer" in line
+    assert "XFS: corrupt: not repaired" in out
+    assert {offset for offset in volume.changed(before) if offset < LOCKSPACE} == set()
+
+
+def test_a_home_with_a_registration_that_this_host_cannot_take_away(volume: Volume, capsys: Capsys) -> None:
+    """Its nodes fence by reservations that are reached elsewhere (prdev=): its silence is no proof here."""
+    record = volume.join("n1", SlotState.FAILED, home=True)
+    space = Lockspace.open(volume.device)
+    space.write_slot(replace(record, counter=record.counter + 1, pr_key=0x4D58_0100_0000_0001))
+    space.close()
+    volume.tear(slot_record(5))
+    volume.put(INOBT, os.urandom(RECORD_BYTES))
+    before = volume.blocks()
+    line, out = failure(capsys, volume.device)
+    assert "died with a registration at the disk, which this host cannot take away" in line
+    assert "slot 5: damaged" in out
+    assert "written anew" in out  # what was done before is said
     assert {offset for offset in volume.changed(before) if offset < LOCKSPACE} == set()
 
 
@@ -701,7 +752,7 @@ def test_the_repair_ends_when_the_lease_is_taken_away(volume: Volume, slow: Path
 
     thief = threading.Thread(target=take)
     thief.start()
-    line = refusal(capsys, volume.device)
+    line, _ = failure(capsys, volume.device)
     thief.join()
     assert "xfs_repair was stopped, the volume could not be held (taken by slot 7" in line
     assert stopped(slow)
@@ -727,6 +778,53 @@ def test_the_repair_ends_before_the_lease_when_the_disk_does_not_answer(
     assert "the volume could not be held (the disk did not answer in time)" in capsys.readouterr().err
     assert time.monotonic() - last[-1] < T.node_dead_ms / 1000
     assert stopped(slow)
+
+
+def test_a_disk_with_reservations_lets_only_the_holder_in(volume: Volume, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the dead home's registration is gone before the lease is claimed."""
+    target = FakeTarget()
+
+    def join(name: str) -> fencing.PrFencing:
+        agent = fencing.PrFencing(Reservations(volume.device, [target.nexus(name)]), "a test")
+        agent.join(replace=True)
+        return agent
+
+    dead = join("dead")
+    record = volume.join("n1", SlotState.FAILED, home=True)
+    space = Lockspace.open(volume.device)
+    space.write_slot(replace(record, counter=record.counter + 1, pr_key=dead.key))
+    space.close()
+    assert set(target.registered) == {"dead"}
+    monkeypatch.setattr(fencing, "choose", lambda device, options: join("holder"))
+    with hold.Hold(volume.device, "fsck") as held:
+        assert set(target.registered) == {"holder"}
+        slot = volume.snapshot().slot(held.slot)
+        assert slot is not None
+        assert slot.pr_key == target.registered["holder"]  # so that others can fence this hold
+        assert not target.allowed("dead")
+        assert not target.allowed("another host")
+    assert target.registered == {}
+    slot = volume.snapshot().slot(held.slot)
+    assert slot is not None
+    assert (slot.state, slot.pr_key) == (SlotState.FREE, 0)
+
+
+def test_the_repair_ends_with_the_program_that_holds_the_volume(volume: Volume, slow: Path) -> None:
+    program = subprocess.Popen(
+        [sys.executable, "-m", "mxfsd.cli.mxfs", "fsck", volume.device], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 30
+    while not (slow / "bin" / "xfs_repair.pid").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not stopped(slow)
+    program.kill()
+    program.communicate()
+    while not stopped(slow) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert stopped(slow)
+    lease = volume.snapshot().lease
+    assert lease is not None
+    assert lease.state is LeaseState.HELD  # as of a dead home: who comes next waits, and fences
 
 
 def test_the_timeouts_are_those_that_the_nodes_ran(volume: Volume) -> None:
