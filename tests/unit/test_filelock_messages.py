@@ -37,6 +37,9 @@ class NoLower:
     def is_shut_down(self) -> bool:
         return False
 
+    def forget(self, ino: int) -> None:
+        """No descriptor was kept."""
+
 
 class Cluster:
     """The home and three FUSE layers. Each channel keeps its order; how long a message takes is random."""
