@@ -267,6 +267,8 @@ class LockClient:
             # What cannot be made durable must not be seen by another node: an error here keeps the lock.
             await self._in_lower(sync)
         self.run(self.cache.invalidated(now_ms(), ino))
+        if ino not in self._nodes:
+            self.run(self.cache.forget(now_ms(), ino))  # the kernel forgot it meanwhile: nothing would give it back
         if node is not None and revocation is not None:
             if node.revocation is revocation:  # and not that of a pass which has just begun
                 node.revocation = None

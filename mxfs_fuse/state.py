@@ -188,7 +188,9 @@ class State:
         """What this node holds and has open, for the next home. What was held implicitly (this was the home) is named
         where the kernel caches something under it: EX for a file with a cached writer, else PR. A file with data that
         the next home must be sent first is named with EX, also where its lock was dropped with the lease: nobody may
-        see it before that, and if somebody has it by now the data must not be sent."""
+        see it before that, and if somebody has it by now the data must not be sent.
+
+        What is not named here (a lock on an inode that the kernel has forgotten meanwhile) is held no more."""
         rows = []
         held = {ino: mode for ino, mode, _seq, _opens in self.locks.cache.held()}
         for ino, node in self.nodes.items():
@@ -200,6 +202,7 @@ class State:
             if mode != LockMode.NL or node.opens_r or node.opens_w:
                 node.registered = node.opens
                 rows.append(ReclaimEntry(*node.fid, mode, *node.opens))
+        self.locks.cache.hold_named({row.ino: LockMode(row.mode) for row in rows})
         return rows
 
     # -- time ------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ A newer grant while a lock is being revoked makes it HELD again; a pass of inval
 Errors: MisuseError for calls that contradict the state; nothing is changed then.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import Enum, auto
 from errno import EAGAIN
 
@@ -443,6 +443,19 @@ class LockCache:
         self._forgotten.clear()
         self._fresh.clear()
         return dropped
+
+    def hold_named(self, named: Mapping[int, LockMode]) -> None:
+        """Hold, of inodes, what has been named to the next home and nothing else: that one knows of nothing else.
+
+        Nobody is told. Of what is dropped here nothing may be cached.
+        """
+        self.drop_where(lambda ino: not is_resource(ino) and named.get(ino, _NL) is _NL)
+        for ino, lock in self._locks.items():
+            mode = named.get(ino, lock.mode)
+            if COVERS[lock.mode][mode]:
+                if lock.usable is lock.mode:
+                    lock.usable = mode
+                lock.mode = mode
 
     def drop_where(self, chosen: Callable[[int], bool]) -> None:
         """Hold none of the resources that *chosen* says yes to; nobody is told (before a change of home)."""
