@@ -54,9 +54,8 @@ class RangeOps:
         fd = service.lower.open(fid, os.O_RDWR)
         try:
             service.begin(c)
-            if mode & ranges.ERASES and c.intent is not None:
-                # What is erased may reach the disk before the log does: the next home must know that this was begun.
-                await service.forced(service.forcer.changed(c.intent.fid))
+            if mode & ranges.ERASES:
+                await self._told(c)
             await self._in_thread(lambda: libc.fallocate(fd, mode, offset, length))
             if kill:
                 kill_priv(fd)
@@ -64,6 +63,12 @@ class RangeOps:
             os.close(fd)
         await service.commit_stable(c, fid)
         return service.end(c, [], fid)
+
+    async def _told(self, c: "_Context") -> None:
+        """Data of a file is about to be overwritten, and may reach the disk before the log does: first make the intent
+        durable, so that the next home knows that this was begun."""
+        if c.intent is not None:
+            await self._service.forced(self._service.forcer.changed(c.intent.fid))
 
     async def _lseek(self, c: "_Context", ino: int, gen: int, offset: int, whence: int) -> list[Any]:
         service = self._service
@@ -91,6 +96,7 @@ class RangeOps:
             to_fd = service.lower.open(target, os.O_RDWR)
             try:
                 service.begin(c)
+                await self._told(c)
                 done = await self._in_thread(lambda: ranges.copy(fd, offset, to_fd, to_offset, length))
                 if kill:
                     kill_priv(to_fd)
