@@ -42,6 +42,7 @@ from mxfsd.core.sessions import SessionTable
 from mxfsd.core.timeouts import Timeouts
 from mxfsd.fencing import Fencing, choose
 from mxfsd.fencing import leave as leave_fencing
+from mxfsd.figures import Figures
 from mxfsd.finder import Finder
 from mxfsd.fuselink import FuseLink
 from mxfsd.guard import check_watchdog
@@ -114,6 +115,7 @@ class Daemon:
         self.members: Members | None = None
         """Who takes part; known to the home alone."""
         self.succession = Succession(self)
+        self.figures = Figures()
         self.serving = False
         self._leaving_home = False
         """The home is being given away: it must not begin to serve again by itself."""
@@ -182,6 +184,7 @@ class Daemon:
         joiner = Joiner(self.identity.node.bytes, self.name, pr_key=self.fencing.key, last_incarnation=last)
         self.held = await asyncio.to_thread(self.lockspace.claim_slot, joiner, self.timeouts)
         self.identity.save(self.held.record.incarnation)
+        self.figures.joined(self.slot, self.name)
         reattach.check_slot(self)
         who = PeerIdentity(self.volume, self.identity.node, self.slot, self.held.record.incarnation)
         keys = VolumeKeys.derive(self.lockspace.header.cluster_key, self.volume)
@@ -381,6 +384,7 @@ class Daemon:
             self._on_silent,
             records,
             self._lower_failed,
+            self.figures,
         )
 
     def _lower_failed(self, reason: str) -> None:
@@ -517,6 +521,7 @@ class Daemon:
             "members": sorted({*members, self.slot, target}),
             "evicted": sorted(self.evicted),
         }
+        self.figures.home_ended(role.totals())
         self.home = None
         self._lower = None
         self.succession.gave_up()
@@ -704,6 +709,7 @@ class Daemon:
         if before is not None:
             before.abort()
         self.peers[slot] = conn
+        self.figures.joined(slot, str(fields.get("name")))
         self.home.greet(slot, conn.identity.incarnation, continues)
         conn.send(FrameType.WELCOME, greeting.welcome(self.epoch, self.slot, self.root), epoch=self.epoch)
         log.info("peer joined", peer=slot, name=fields.get("name"), incarnation=conn.identity.incarnation)
@@ -743,6 +749,7 @@ class Daemon:
             return
         log.info("node out", peer=slot, how=how)
         if how == "evicted":
+            self.figures.put_out += 1
             self.evicted.add((slot, incarnation))
         conn = self.peers.get(slot)
         if conn is not None and conn.identity.incarnation == incarnation:

@@ -37,6 +37,7 @@ from mxfs_proto.ops import (
 )
 from mxfsd.core.dlm import Effect, LockMaster
 from mxfsd.core.outcomes import Before, BeforeFlag, takes_intent
+from mxfsd.figures import Figures
 from mxfsd.io.lower import Lower, kill_priv
 from mxfsd.lockops import FileLockOps
 from mxfsd.oprecords import Key, OpRecords, Slot
@@ -216,7 +217,9 @@ class HomeService:
         run_effects: Callable[[list[Effect]], None],
         readonly: bool = False,
         records: OpRecords | None = None,
+        figures: Figures | None = None,
     ) -> None:
+        self.figures = figures if figures is not None else Figures()
         self.lower = lower
         self.master = master
         self.now = now
@@ -348,7 +351,9 @@ class HomeService:
         self.lower = lower
         if self.records is not None:
             self.records.lower = lower
+        forces = self.forcer.forces
         self.forcer = LogForcer(lower)
+        self.forcer.forces = forces
         self.frozen = False
 
     # -- locks -----------------------------------------------------------------------------------------------------
@@ -447,6 +452,13 @@ class HomeService:
         """Whether commit_before() has work to do."""
         entry = self._unstable.get(ino)
         return entry is not None and entry.writer != node
+
+    def unstable_files(self) -> dict[int, int]:
+        """Return of how many files each node has written data that is not durable yet: it keeps that until it is."""
+        counts: dict[int, int] = {}
+        for entry in self._unstable.values():
+            counts[entry.writer] = counts.get(entry.writer, 0) + 1
+        return counts
 
     # -- objects ---------------------------------------------------------------------------------------------------
 
@@ -695,6 +707,7 @@ class HomeService:
         data = os.pread(self.lower.file_fd(Fid(ino, gen)), min(size, MAX_DATA), offset)
         self.bytes_read += len(data)
         self.keep_no_descriptor(ino)
+        self.figures.of(c.node).bytes_read += len(data)
         return [data]
 
     def keep_no_descriptor(self, ino: int) -> None:
@@ -731,6 +744,7 @@ class HomeService:
             if total:
                 self._note_unstable(fid, c.node)
                 self.bytes_written += total
+                self.figures.of(c.node).bytes_written += total
         if flags & WriteFlag.KILL_PRIV:
             kill_priv(fd)
         self.keep_no_descriptor(fid.ino)

@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -18,6 +19,7 @@ from mxfsd.core.epochs import first_seq
 from mxfsd.core.lockeffects import Bast, BastSilent, Deny, Grant, OpDenied, OpGranted, WaitLong
 from mxfsd.core.sessions import Replay, SessionTable, Verdict
 from mxfsd.core.timeouts import Timeouts
+from mxfsd.figures import Figures
 from mxfsd.home import INTERNAL_REQ, Frozen, HomeService, LowerFailed, check_request
 from mxfsd.io.clock import now_ms
 from mxfsd.io.lower import Lower
@@ -48,9 +50,11 @@ class HomeRole:
         on_silent: Callable[[int], None],
         records: OpRecords | None = None,
         on_failed: Callable[[str], None] = lambda _reason: None,
+        figures: Figures | None = None,
     ) -> None:
         """*records*: from recover_sessions() (none on a read-only mount). *on_failed* is called, once, when the lower
-        mount can be relied on no more: from then on nothing is answered, and this node must fence itself."""
+        mount can be relied on no more: from then on nothing is answered, and this node must fence itself. *figures*:
+        where operations and BASTs are counted, by node."""
         self.slot = slot
         self.epoch = epoch
         self.lower = lower
@@ -61,7 +65,8 @@ class HomeRole:
         self._on_failed = on_failed
         self.failed = False
         self.master = LockMaster(slot, timeouts, first_seq=first_seq(epoch))
-        self.service = HomeService(lower, self.master, now_ms, self.run, readonly, records)
+        self.figures = figures if figures is not None else Figures()
+        self.service = HomeService(lower, self.master, now_ms, self.run, readonly, records, self.figures)
         self.service.file_locks.on_wake = self._wake
         self.service.file_locks.connection_of = lambda node: self._connections.get(node, 0)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -81,15 +86,16 @@ class HomeRole:
         """Take an OP_REQ of *node*; the reply goes out when it is done. Raises PeerError."""
         if frame.epoch != self.epoch or self.failed:
             return  # sent before the node knew of this home: it sends it again
+        came_s = time.monotonic()
         request = unpack_request(frame.payload)
         check_request(request)
         if request.op in _REPEATABLE:
-            self._spawn(self._run_operation(node, frame.session, frame.seq, request, keep=False))
+            self._spawn(self._run_operation(node, frame.session, frame.seq, request, came_s, keep=False))
             return
         self.claim_session(node, frame.session)
         answer = self.sessions.begin(frame.session, frame.seq, request.ack)
         if answer is Verdict.NEW:
-            self._spawn(self._run_operation(node, frame.session, frame.seq, request, keep=True))
+            self._spawn(self._run_operation(node, frame.session, frame.seq, request, came_s, keep=True))
         elif isinstance(answer, Replay):
             self._send_frame(node, FrameType.OP_REPLY, [answer.reply], frame.session, frame.seq)
         elif answer is Verdict.STALE:
@@ -100,7 +106,9 @@ class HomeRole:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _run_operation(self, node: int, session: int, seq: int, request: Request, keep: bool) -> None:
+    async def _run_operation(
+        self, node: int, session: int, seq: int, request: Request, came_s: float, keep: bool
+    ) -> None:
         self.shipped += 1
         connection = self._connections.get(node, 0)
         try:
@@ -124,6 +132,7 @@ class HomeRole:
             log.warning(
                 "a read failed", peer=node, ino=ino, error=name, mode=self.master.mode_of(node, ino).name, opens=opens
             )
+        self.figures.of(node).ended(request.op, time.monotonic() - came_s)
         if keep:
             self.sessions.done(session, seq, outcome.to_keep())
         parts = outcome.parts()
@@ -174,6 +183,7 @@ class HomeRole:
             elif isinstance(effect, Grant):
                 self._grant(effect)
             elif isinstance(effect, Bast):
+                self.figures.of(effect.node).basts += 1
                 self._to_node(effect.node, effect.ino, LockBast(effect.ino, effect.seq, effect.mode, effect.flags))
             elif isinstance(effect, Deny):
                 if effect.req_id & INTERNAL_REQ:
@@ -309,11 +319,8 @@ class HomeRole:
 
     def lock_counts(self) -> dict[str, int]:
         """Figures for ``mxfs status``."""
-        held = waiting = 0
-        for view in self.master.snapshot(now_ms()):
-            held += len(view.holders)
-            waiting += len(view.waiters)
-        return {"held": held, "cached": len(self.master), "waiting": waiting}
+        held, waiting = self.master.held, self.master.waiting()
+        return {"held": sum(held.values()), "cached": len(self.master), "waiting": sum(waiting.values())}
 
     def operation_counts(self) -> dict[str, int]:
         """Figures for ``mxfs status``."""
@@ -325,6 +332,20 @@ class HomeRole:
             "bytes_written": service.bytes_written,
             "log_forces": service.forcer.forces,
         }
+
+    def totals(self) -> dict[str, int]:
+        """What was counted of all nodes together while this node is the home (``mxfsd.figures.TOTALS``)."""
+        return {
+            "executed": self.service.executed,
+            "grants": self.master.grants,
+            "waits": self.master.waits,
+            "log_forces": self.service.forcer.forces,
+        }
+
+    @property
+    def running(self) -> int:
+        """How many operations are under way."""
+        return len(self._tasks)
 
     def node_gone(self, node: int) -> None:
         """A node left, or was evicted (after its lease ended): its locks, requests, opens and sessions end."""

@@ -1,9 +1,11 @@
 """What ``mxfs status`` and ``mxfs locks`` show, as JSON objects."""
 
+import time
 from typing import TYPE_CHECKING, Any
 
 from mxfs_proto.filelocks import LAST, WRITE, is_resource
 from mxfs_proto.ondisk import SlotState
+from mxfsd.figures import BUCKETS_S
 from mxfsd.io.clock import now_ms
 
 if TYPE_CHECKING:
@@ -58,9 +60,44 @@ def status_report(daemon: "Daemon") -> dict[str, Any]:
         "fencing": daemon.fencing.name,
         "warning": daemon.fencing.warning,
         "takeover_ms": daemon.succession.took_ms,
+        "takeovers": dict(daemon.succession.takeovers),
+        "totals": daemon.figures.totals(home.totals() if home is not None else {}),
+        "lease": _lease(daemon),
+        "incarnation": daemon.held.record.incarnation if daemon.held is not None else 0,
         "discovery": daemon.finder.report() if daemon.finder is not None else {},
         "pid": {"fuse": daemon.fuse.pid if daemon.fuse is not None else 0},
     }
+
+
+def _lease(daemon: "Daemon") -> dict[str, Any]:
+    """For how long the home's lease has not been renewed, as far as this node sees, and how long what it caches (on the
+    home: what it does) is good for."""
+    heartbeat = daemon.heartbeat
+    report = heartbeat.report if heartbeat is not None else None
+    if heartbeat is None or report is None:
+        return {"age_ms": None, "left_ms": 0}
+    until = daemon.client_lease_until_ms if daemon.home is None else daemon._home_lease_until_ms()
+    age = report.lease.age_ms + now_ms() - heartbeat.last_report_ms if report.lease is not None else None
+    return {"age_ms": age, "left_ms": max(0, until - now_ms())}
+
+
+def figures_report(daemon: "Daemon") -> dict[str, Any]:
+    """What ``mxfs top`` and metrics show beyond the status: what was done for each node, by operation.
+
+    *now_s* is the daemon's clock, for rates. Who holds and waits for what is known at the home alone.
+    """
+    home = daemon.home
+    nodes = daemon.figures.nodes()
+    here: dict[str, Any] = {}
+    if home is not None:
+        held, waiting, unstable = home.master.held, home.master.waiting(), home.service.unstable_files()
+        for node in nodes:
+            slot = node["slot"]
+            node["held"] = held.get(slot, 0)
+            node["waiting"] = waiting.get(slot, 0)
+            node["unstable_files"] = unstable.get(slot, 0)
+        here = {"running": home.running, "connected": len(daemon.peers)}
+    return {"now_s": time.monotonic(), "buckets_s": list(BUCKETS_S), "nodes": nodes, "here": here}
 
 
 def locks_report(daemon: "Daemon") -> dict[str, Any]:

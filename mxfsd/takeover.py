@@ -87,8 +87,10 @@ class Succession:
         self._grace_until_ms = 0
         self.began_ms = 0
         """When the last takeover began: the home was declared dead, or its lease was found free."""
-        self.served_ms = 0
-        """When this node last began to serve."""
+        self.took_ms = 0
+        """How long the last takeover of this node took until it served, 0: there was none."""
+        self.takeovers = {"free": 0, "fenced": 0}
+        """How often it did: where the lease had been let go, and where its owner had to be fenced."""
 
     @property
     def awaited(self) -> frozenset[int]:
@@ -262,10 +264,6 @@ class Succession:
                 self._serve()
 
     def _serve(self) -> None:
-        self.served_ms = now_ms()
+        self.took_ms = now_ms() - self.began_ms
+        self.takeovers["free" if self._victim is None else "fenced"] += 1
         self._daemon.serve()
-
-    @property
-    def took_ms(self) -> int:
-        """How long the last takeover of this node took until it served, 0: there was none."""
-        return max(0, self.served_ms - self.began_ms)

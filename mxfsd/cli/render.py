@@ -49,6 +49,14 @@ def status_text(view: dict[str, Any]) -> str:
         )
     if not locks and not ops:
         lines.append(f"  locks and operations are counted at the home: mxfs status on {view['home'] or 'the home'}")
+    totals, takeovers = view.get("totals"), view.get("takeovers")
+    if totals and takeovers:
+        count = sum(takeovers.values())
+        last = f", the last in {age(view.get('takeover_ms'))}" if count else ""
+        lines.append(
+            f"  since this daemon started: home {count} times{last}; nodes put out {totals['put_out']}; "
+            f"{totals['grants']} grants, {totals['waits']} waits, {totals['log_forces']} log forces"
+        )
     rows = [
         [
             node["slot"],

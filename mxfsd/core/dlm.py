@@ -86,6 +86,8 @@ class LockMaster:
         self._stamped_ms = 0
         self.on_home_alone: Callable[[int], None] = lambda _ino: None
         """Called when a resource's record is dropped: from now on the home uses it without asking."""
+        self.held: dict[int, int] = {}
+        """How many locks each node has cached, those not counted that the home holds implicitly."""
         self.basts = 0
         """BASTs sent, the repeated ones not counted."""
         self.grants = 0
@@ -169,7 +171,7 @@ class LockMaster:
                 out.append(Bast(node, ino, hold.seq, sent.mode, FLAGS[sent.flags]))
         else:
             if mode is _NL:
-                rec.pop(node)
+                self._take(rec, node)
             elif COVERS[hold.mode][mode]:
                 hold.mode = mode
             if sent is not None:
@@ -318,7 +320,7 @@ class LockMaster:
         """
         out: list[Effect] = []
         for rec in list(self._records.values()):
-            touched = rec.pop(node) is not None
+            touched = self._take(rec, node)
             if rec.opens and rec.opens.pop(node, None) is not None:
                 rec.opens = rec.opens or None
                 touched = True
@@ -418,6 +420,14 @@ class LockMaster:
         """Return the resources that have a record: those on which the home holds nothing implicitly."""
         return list(self._records)
 
+    def waiting(self) -> dict[int, int]:
+        """Return how many requests and operations of each node wait."""
+        counts: dict[int, int] = {}
+        for rec in self._waiting.values():
+            for waiter in rec.queue or ():
+                counts[waiter.node] = counts.get(waiter.node, 0) + 1
+        return counts
+
     def snapshot(self, now_ms: int) -> Iterator[ResourceView]:
         """Yield every record as ``mxfs locks`` shows it."""
         for rec in list(self._records.values()):
@@ -446,14 +456,25 @@ class LockMaster:
         rec = self._records[ino] = Record(ino)
         self._served = not self._grace
         if self._home is not None and not self._grace:
-            rec.put(Hold(self._home, _EX, self._next(), self._stamp(now_ms)))
+            self._put(rec, Hold(self._home, _EX, self._next(), self._stamp(now_ms)))
         return rec
+
+    def _put(self, rec: Record, hold: Hold) -> None:
+        rec.put(hold)
+        self.held[hold.node] = self.held.get(hold.node, 0) + 1
+
+    def _take(self, rec: Record, node: int) -> bool:
+        """Take the node's lock from it; False where it has none."""
+        if rec.pop(node) is None:
+            return False
+        self.held[node] -= 1
+        return True
 
     def _hold(self, rec: Record, node: int, mode: LockMode, now_ms: int) -> Hold:
         hold = rec.hold_of(node)
         if hold is None:
             hold = Hold(node, mode, self._next(), self._stamp(now_ms))
-            rec.put(hold)
+            self._put(rec, hold)
         else:
             hold.mode = mode
             hold.seq = self._next()
@@ -667,4 +688,6 @@ class LockMaster:
                 out.append(Grant(home, 0, rec.ino, _EX, self._next(), FLAGS[_UNASKED]))
         if self._records.pop(rec.ino, None) is not None:
             self._lingering.pop(rec.ino, None)
+            if home is not None:
+                self._take(rec, home)
             self.on_home_alone(rec.ino)

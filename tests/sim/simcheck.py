@@ -133,6 +133,12 @@ class Checker:
                 raise Broken(f"node {node.number} still waits for: {sorted(node.busy.values())}")
             if node.cache.pending or node.cache.revoking:
                 raise Broken(f"node {node.number}: {node.cache.pending} requests, {node.cache.revoking} revocations")
+        held: dict[int, int] = defaultdict(int)
         for view in world.home.master.snapshot(world.now):
             if view.waiters:
                 raise Broken(f"inode {view.ino}: the master still queues {view.waiters}")
+            for holder in view.holders:
+                held[holder.node] += not holder.op_id
+        counted = {node: count for node, count in world.home.master.held.items() if count}
+        if counted != {node: count for node, count in held.items() if count}:
+            raise Broken(f"the master counts {counted} locks and has {dict(held)}")

@@ -466,3 +466,59 @@ async def test_the_last_close_frees_the_orphan(rig: Rig) -> None:
     assert rig.lower.orphans() == [file]
     rig.role.on_lock(B, Opens(file.ino, 0, 0, LockFlag.NONE))
     await until(lambda: not rig.lower.orphans())
+
+
+# -- figures -----------------------------------------------------------------------------------------------------
+
+
+async def test_operations_and_basts_are_counted_by_node(rig: Rig) -> None:
+    fid = await rig.make(A, 1, b"file")
+    rig.role.on_lock(
+        B, Opens(fid.ino, 0, 1, LockFlag.NONE)
+    )  # else the home gets the file back, for which the data is committed
+    for node, seq, size in ((A, 2, 5), (B, 3, 7)):
+        rig.ship(node, seq, Op.WRITE, *fid, 0, 0, bytes(size))
+        await rig.reply(Op.WRITE)
+    rig.ship(B, 4, Op.READ, *fid, 0, 100)
+    await rig.reply(Op.READ)
+    rig.ship(B, 5, Op.LOOKUP, *rig.base, b"nosuch")
+    await rig.reply(Op.LOOKUP)
+    first, second = (rig.role.figures.of(node) for node in (A, B))
+    named = {row["slot"]: row for row in rig.role.figures.nodes()}
+    assert {op: sum(row["counts"]) for op, row in named[A]["operations"].items()} == {"CREATE": 1, "WRITE": 1}
+    assert {op: sum(row["counts"]) for op, row in named[B]["operations"].items()} == {
+        "WRITE": 1,
+        "READ": 1,
+        "LOOKUP": 1,
+    }
+    assert (first.bytes_written, first.bytes_read, second.bytes_written, second.bytes_read) == (5, 0, 7, 7)
+    assert {node: row["basts"] for node, row in named.items() if row["basts"]} == {
+        node: count for node in (HOME, A, B) if (count := sum(isinstance(record, LockBast) for record in rig.of(node)))
+    }
+    assert rig.role.service.unstable_files() == {B: 1}
+    assert rig.role.totals()["executed"] == 4
+    await turns()
+    assert rig.role.running == 0
+
+
+async def test_an_operation_counts_from_its_coming_to_its_answer(rig: Rig) -> None:
+    rig.lower.gate.shut()
+    rig.ship(A, 1, Op.MKDIR, *rig.base, b"dir", 0o755)
+    await until(rig.lower.gate.entered.is_set)
+    assert (rig.role.running, rig.role.figures.nodes()[0]["operations"]) == (1, {})
+    await asyncio.sleep(0.03)
+    rig.lower.gate.open()
+    await rig.reply(Op.MKDIR)
+    histogram = rig.role.figures.of(A).operations[Op.MKDIR]
+    assert histogram is not None
+    assert sum(histogram.counts) == 1
+    assert histogram.sum_s >= 0.03
+
+
+async def test_log_forces_are_not_counted_anew_after_a_move_that_was_called_off(rig: Rig) -> None:
+    rig.ship(A, 1, Op.MKDIR, *rig.base, b"dir", 0o755)
+    await rig.reply(Op.MKDIR)
+    before = rig.role.totals()["log_forces"]
+    assert before > 0
+    rig.role.replace_lower(rig.lower)
+    assert rig.role.totals()["log_forces"] == before

@@ -207,6 +207,17 @@ def test_what_only_the_home_knows_says_so() -> None:
     assert locks_text({"volume": "v", "mountpoint": "/m", "home": "", "resources": []}).endswith("but the home's own")
 
 
+def test_what_is_counted_since_the_daemon_started() -> None:
+    totals = {"executed": 9, "grants": 8, "waits": 2, "log_forces": 5, "put_out": 1}
+    view = {**STATUS, "totals": totals, "takeovers": {"free": 1, "fenced": 1}, "takeover_ms": 340}
+    line = (
+        "since this daemon started: home 2 times, the last in 340 ms; nodes put out 1; 8 grants, 2 waits, 5 log forces"
+    )
+    assert f"  {line}\n" in status_text(view)
+    never = status_text({**view, "takeovers": {"free": 0, "fenced": 0}, "takeover_ms": 0})
+    assert "since this daemon started: home 0 times; nodes put out 1; 8 grants" in never
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [(None, "?"), (0, "0 ms"), (999, "999 ms"), (1000, "1.0 s"), (100_000, "1 min"), (6_000_000, "1 h")],
