@@ -33,7 +33,7 @@ from mxfs_proto.frames import (
 from mxfs_proto.ondisk import Address, SlotState
 from mxfs_proto.ops import Fid
 from mxfs_proto.records import LockRecord, NodeState, NodeStatus, Record
-from mxfsd import greeting, reattach, rundir
+from mxfsd import greeting, metricsserver, reattach, rundir
 from mxfsd import log as logging
 from mxfsd.clientrole import ClientRole
 from mxfsd.control import ControlServer
@@ -104,6 +104,7 @@ class Daemon:
         self.finder: Finder | None = None
         self.fuse: FuseLink | None = None
         self.control: ControlServer | None = None
+        self.metrics: metricsserver.MetricsServer | None = None
         self.home: HomeRole | None = None
         self.client: ClientRole | None = None
         self.epoch = 0
@@ -173,6 +174,7 @@ class Daemon:
             kernel.append("ro")
         if self.options.watchdog is not None:
             check_watchdog(self.options.watchdog)
+        self.metrics = await metricsserver.begin(self)
         await reattach.start_fuse(self, tuple(kernel))
         if self.fencing.warning:
             log.warning(self.fencing.warning)
@@ -290,6 +292,8 @@ class Daemon:
             self.fuse.close()
         if self.control is not None:
             await self.control.close()
+        if self.metrics is not None:
+            await self.metrics.close()
         if self.heartbeat is not None:
             try:
                 await self.heartbeat.leave()

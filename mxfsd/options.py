@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 DEFAULT_RUN_ROOT = "/run/mxfs"
 RUN_ROOT_ENV = "MXFS_RUN_ROOT"
+LOOPBACK = "127.0.0.1"
 TIMEOUT_NAMES = ("fast", "default", "patient")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
@@ -32,6 +33,7 @@ _OWN = (
     "fencing",
     "prdev",
     "watchdog",
+    "metrics",
     "node",
     "state",
     "channel",
@@ -104,6 +106,8 @@ class MountOptions:
     node: str | None = None
     watchdog: str | None = None
     """A watchdog device that resets this host when it is home and its heartbeats stop (docs/timeouts.md)."""
+    metrics: tuple[str, int] | None = None
+    """Where Prometheus metrics are served over HTTP: address and port (docs/metrics.md)."""
     state: str | None = None
     local_flocks: bool = False
     """File locks are kept by the kernel of each node, which knows those of its own processes only."""
@@ -131,6 +135,7 @@ class MountOptions:
             ("broadcast", self.broadcast),
             ("prdev", self.pr_device),
             ("watchdog", self.watchdog),
+            ("metrics", host_port(*self.metrics) if self.metrics is not None else None),
             ("node", self.node),
             ("state", self.state),
         ):
@@ -146,6 +151,11 @@ class MountOptions:
         words.append(f"log={self.log}")
         words.extend(self.kernel)
         return ",".join(words)
+
+
+def host_port(host: str, port: int) -> str:
+    """Return ``ADDR:PORT``, an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def known_options() -> str:
@@ -223,7 +233,7 @@ def _checked(
     return MountOptions(
         read_only=read_only,
         iface=iface,
-        port=_port(values.get("port")),
+        port=_port("port", values["port"]) if "port" in values else None,
         multicast=multicast,
         broadcast=broadcast,
         peers=peers,
@@ -231,6 +241,7 @@ def _checked(
         fencing=_one_of("fencing", values.get("fencing", "auto"), FENCING_NAMES),
         pr_device=values.get("prdev"),
         watchdog=watchdog,
+        metrics=_metrics(values["metrics"]) if "metrics" in values else None,
         node=node,
         state=state,
         local_flocks=local_flocks,
@@ -259,12 +270,28 @@ def _check_address(option: str, text: str) -> "IPv4Address | IPv6Address":
         _refuse(f"{option}={text}: not an IPv4 or IPv6 address")
 
 
-def _port(text: str | None) -> int | None:
-    if text is None:
-        return None
-    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= 65535):
-        _refuse(f"port={text}: must be a number from 1 to 65535")
+def _is_port(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= 5 and 1 <= int(text) <= 65535
+
+
+def _port(option: str, text: str) -> int:
+    if not _is_port(text):
+        _refuse(f"{option}={text}: must be a number from 1 to 65535")
     return int(text)
+
+
+def _metrics(text: str) -> tuple[str, int]:
+    host, colon, port = text.rpartition(":")
+    if not _is_port(port):
+        _refuse(f"metrics={text}: must be PORT or ADDR:PORT, with a port from 1 to 65535")
+    if not colon:
+        return LOOPBACK, int(port)
+    bare = host.removeprefix("[").removesuffix("]")
+    if not _is_address(bare):
+        _refuse(f"metrics={text}: {host or 'nothing'} is not an IPv4 address, nor an IPv6 address in brackets")
+    if (":" in bare) != (host == f"[{bare}]"):
+        _refuse(f"metrics={text}: an IPv6 address, and no other, stands in brackets: metrics=[::1]:9100")
+    return str(_check_address("metrics", bare)), int(port)
 
 
 def _one_of(option: str, value: str, known: tuple[str, ...]) -> str:

@@ -52,6 +52,7 @@ def status_report(daemon: "Daemon") -> dict[str, Any]:
         "home_slot": daemon.home_slot,
         "epoch": daemon.epoch,
         "state": state,
+        "serving": daemon.serving,
         "role": "home" if home is not None else "client",
         "nodes": nodes,
         "locks": home.lock_counts() if home is not None else {},

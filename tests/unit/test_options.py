@@ -81,6 +81,19 @@ def test_a_later_option_overrides_an_earlier_one(text: str, kernel: tuple[str, .
         ("node=" + "n" * 65, "node=nnn"),
         ("node=a/b", "node=a/b"),
         ("watchdog=watchdog0", "watchdog=watchdog0: must be the absolute path"),
+        ("metrics", "metrics needs a value"),
+        ("metrics=0", "metrics=0: must be PORT or ADDR:PORT, with a port from 1 to 65535"),
+        ("metrics=65536", "metrics=65536: must be PORT"),
+        ("metrics=999999999999", "metrics=999999999999: must be PORT"),
+        ("metrics=²", "metrics=²: must be PORT"),
+        ("metrics=10.0.0.1", "metrics=10.0.0.1: must be PORT or ADDR:PORT"),
+        ("metrics=10.0.0.1:", "metrics=10.0.0.1:: must be PORT or ADDR:PORT"),
+        ("metrics=:9100", "metrics=:9100: nothing is not an IPv4 address, nor an IPv6 address in brackets"),
+        ("metrics=host:9100", "metrics=host:9100: host is not an IPv4 address"),
+        ("metrics=::1:9100", "metrics=::1:9100: an IPv6 address, and no other, stands in brackets"),
+        ("metrics=[10.0.0.1]:9100", "metrics=[10.0.0.1]:9100: an IPv6 address, and no other, stands in brackets"),
+        ("metrics=[::1:9100", "metrics=[::1:9100: an IPv6 address, and no other, stands in brackets"),
+        ("metrics=[::1]", "metrics=[::1]: must be PORT or ADDR:PORT"),
         ("state=run", "state=run: must be an absolute path"),
         ("state=/" + "d" * STATE_MAX, f"longer than {STATE_MAX} bytes"),
     ],
@@ -106,6 +119,23 @@ def test_run_dir_follows_state_then_environment(monkeypatch: pytest.MonkeyPatch)
     assert parse("state=/tmp/s").run_dir("abc") == "/tmp/s/abc"
 
 
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ("9100", ("127.0.0.1", 9100)),
+        ("0.0.0.0:9100", ("0.0.0.0", 9100)),
+        ("10.1.2.3:1", ("10.1.2.3", 1)),
+        ("[::1]:65535", ("::1", 65535)),
+        ("[FE80::0:1]:9100", ("fe80::1", 9100)),
+    ],
+)
+def test_where_metrics_are_served(text: str, where: tuple[str, int]) -> None:
+    options = parse(f"metrics={text}")
+    assert options.metrics == where
+    assert parse(options.to_string()) == options
+    assert parse("").metrics is None
+
+
 _name = st.text(st.characters(codec="ascii", categories=("L", "N")), min_size=1, max_size=12)
 _flags = st.lists(st.sampled_from(["nodev", "nosuid", "noexec", "noatime", "sync"]), unique=True).map(tuple)
 
@@ -119,6 +149,7 @@ _flags = st.lists(st.sampled_from(["nodev", "nosuid", "noexec", "noatime", "sync
         peers=st.lists(st.ip_addresses().map(str), max_size=3).map(tuple),
         timeouts=st.sampled_from(["fast", "default", "patient"]),
         node=st.none() | _name,
+        metrics=st.none() | st.tuples(st.ip_addresses().map(str), st.integers(1, 65535)),
         watchdog=st.none() | _name.map(lambda name: "/dev/" + name),
         state=st.none() | _name.map(lambda name: "/" + name),
         local_flocks=st.just(True),
