@@ -1,7 +1,7 @@
 """``mxfs``: the operator's command. Each subcommand imports what it needs, so that none waits for the others.
 
-``status``, ``locks``, ``home move``, ``evict`` and ``sync`` talk to the daemons of this host through the control
-sockets under the run root: ``--run-dir``, else the environment variable MXFS_RUN_ROOT, else /run/mxfs.
+``status``, ``top``, ``locks``, ``home move``, ``evict`` and ``sync`` talk to the daemons of this host through the
+control sockets under the run root: ``--run-dir``, else the environment variable MXFS_RUN_ROOT, else /run/mxfs.
 """
 
 import argparse
@@ -34,6 +34,11 @@ def parser() -> argparse.ArgumentParser:
     status = add("status", "show home, epoch, nodes, locks and operations of the volumes mounted here")
     status.add_argument("volume", nargs="?", help="uuid, label, device or mount point (default: all)")
     with_volume(status)
+    live = add("top", "show again and again what a volume does: rates, latencies, busiest operations")
+    live.add_argument("volume", nargs="?", help="uuid, label, device or mount point (needed if there are several)")
+    live.add_argument("--interval", default="2", metavar="S", help="seconds from one look to the next (default 2)")
+    live.add_argument("--count", metavar="N", help="end after so many intervals (default: at q or Ctrl-C)")
+    with_volume(live)
     locks = add("locks", "show each resource with holders, modes, waiters and ages")
     locks.add_argument("volume", nargs="?", help="uuid, label, device or mount point (default: all)")
     with_volume(locks)
@@ -98,6 +103,8 @@ def _dispatch(words: list[str]) -> int:
     match arguments.command:
         case "status":
             return _status(arguments)
+        case "top":
+            return _top(arguments)
         case "locks":
             return _locks(arguments)
         case "home":
@@ -189,12 +196,20 @@ def _locks(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _one_view(arguments: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
+def _top(arguments: argparse.Namespace) -> int:
+    from mxfsd.cli import top
+
+    interval_s, count = top.interval_of(arguments.interval), top.count_of(arguments.count)
+    path, _view = _one_view(arguments, "name one of them")
+    return top.run(path, interval_s, count, arguments.json)
+
+
+def _one_view(arguments: argparse.Namespace, how: str = "say --volume") -> tuple[Path, dict[str, Any]]:
     """The daemon of the one volume that is meant. Raises MisuseError where there are several."""
     views = _views(arguments)
     if len(views) > 1:
         known = ", ".join(f"{view['volume']} at {view['mountpoint']}" for _, view in views)
-        raise MisuseError(f"several volumes are mounted here: say --volume; there are {known}")
+        raise MisuseError(f"several volumes are mounted here: {how}; there are {known}")
     return views[0]
 
 
