@@ -161,9 +161,9 @@ class Lab:
         """Unmount the volume on a node; returns when its daemon has ended."""
         self._mxfs(["lab", "stop", str(self.folder), name])
 
-    def start(self, name: str) -> None:
-        """Mount the volume on a node that is stopped or dead."""
-        self._mxfs(["lab", "start", str(self.folder), name])
+    def start(self, name: str, options: str = "") -> None:
+        """Mount the volume on a node that is stopped or dead; *options* are more mount options."""
+        self._mxfs(["lab", "start", str(self.folder), name, *(["-o", options] if options else [])])
 
     def ended(self, name: str) -> None:
         """Note that a node's mount has ended by itself: it may be started again."""
