@@ -4,6 +4,7 @@
 # What each command takes. Operands: volume, node, device, dir, lab (the folder of a lab), labnode.
 declare -gA _mxfs_options=(
     [status]="--json --run-dir"
+    [top]="--interval --count --json --run-dir"
     [locks]="--json --run-dir"
     [info]="--json"
     [pr]="--json --timeout"
@@ -28,6 +29,7 @@ declare -gA _mxfs_options=(
 )
 declare -gA _mxfs_operands=(
     [status]="volume"
+    [top]="volume"
     [locks]="volume"
     [info]="device"
     [pr]="device"
@@ -53,6 +55,8 @@ declare -gA _mxfs_values=(
     [--root]="dir"
     [--volume]="volume"
     [--timeout]=""
+    [--interval]=""
+    [--count]=""
     [--nodes]=""
     [--size]=""
     [--timeouts]="fast default patient"
