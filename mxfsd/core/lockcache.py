@@ -273,7 +273,7 @@ class LockCache:
                 self._fresh[ino] = now_ms
             elif self._implicit and mode is _EX and not others and ino not in self._revokes:
                 del self._locks[ino]
-        if asked:
+        if req_id in self._wants:
             self._end_want(req_id)
             out.append(Wake(req_id, mode, flags, ino))
         return out
@@ -510,6 +510,7 @@ class LockCache:
         if lock is None:
             self._locks[ino] = _Lock(mode, seq, flags)
             self._given_back.pop(ino, None)
+            self._wake_covered(ino, out)
             return
         lock.mode = lock.usable = mode
         lock.seq = seq
@@ -521,7 +522,19 @@ class LockCache:
                 self._move(ino, revoke, State.HELD)
             if not revoke.passing:
                 del self._revokes[ino]
+        self._wake_covered(ino, out)
+        if revoke is not None:
             self._send_held_back(now_ms, ino, out)
+
+    def _wake_covered(self, ino: int, out: list[CacheEffect]) -> None:
+        """Wake who waits for what is held by now. The master may have queued the request behind somebody who waits for
+        this very lock, and it may not be given back before an upcall that waits here is answered."""
+        usable = self.mode(ino)
+        for req_id in list(self._wants_of.get(ino, ())) if usable is not _NL else ():
+            want = self._wants[req_id]
+            if not int(want.flags) & _OPEN and COVERS[usable][want.mode]:
+                self._end_want(req_id)
+                out.append(Wake(req_id, usable, self.flags(ino), ino))
 
     def _revoking(self, ino: int) -> bool:
         revoke = self._revokes.get(ino)
@@ -636,6 +649,7 @@ class LockCache:
         out.append(SendRelease(ino, lock.seq, lock.mode, self._opens_of(ino)))
         if lock.mode is _NL and not self._implicit:
             self._drop(ino)
+        self._wake_covered(ino, out)
         self._send_held_back(now_ms, ino, out)
 
     def _flush_forgotten(self) -> list[CacheEffect]:

@@ -48,11 +48,15 @@ def test_asks_once_and_wakes() -> None:
     other, effects = cache.want(1, 7, PR, ALT)
     assert other != req
     assert effects == [SendRequest(other, 7, PR, ALT, None)]
-    assert cache.on_grant(2, req, 7, EX, 5) == [Wake(req, EX, NONE, 7)]
-    assert (cache.mode(7), cache.seq(7), cache.pending) == (EX, 5, 1)
+    both = cache.on_grant(2, req, 7, EX, 5)
+    assert both == [Wake(req, EX, NONE, 7), Wake(other, EX, NONE, 7)], "the one covers the other"
+    assert cache.pending == 0
+    assert cache.on_grant(2, other, 7, EX, 6) == [], "its own grant comes all the same"
+    assert (cache.mode(7), cache.seq(7), cache.pending) == (EX, 6, 0)
     third, effects = cache.want(3, 7, PW)
     assert effects == [Wake(third, EX, NONE, 7)]
-    assert cache.on_deny(4, other, 7, EAGAIN) == [Wake(other, NL, NONE, 7, EAGAIN)]
+    fourth, _ = cache.want(4, 8, PR)
+    assert cache.on_deny(4, fourth, 8, EAGAIN) == [Wake(fourth, NL, NONE, 8, EAGAIN)]
 
 
 def test_opens_are_never_joined_and_carry_counts() -> None:
@@ -307,6 +311,30 @@ def test_a_home_that_drops_all_does_not_take_what_it_gave_away_for_its_own() -> 
     assert (cache.mode(7), cache.mode(8)) == (PR, EX)
     assert cache.drop_all() == [7]
     assert (cache.mode(7), cache.mode(8)) == (NL, EX)
+
+
+def test_who_waits_for_what_is_kept_is_woken_and_asks_nobody() -> None:
+    """Seen: a WRITE asked for PW while EX went down to PW. The master had another node's operation before it, which
+    waited for that PW; the invalidation waited for the WRITE's folio."""
+    host = Host()
+    host.writer = True
+    cache = host.cache()
+    cache.adopt(0, 7, EX, 5)
+    assert cache.on_bast(1, 7, 5, PR, MAY_KEEP) == [Invalidate(7, PW)]
+    req, effects = cache.want(2, 7, PW)
+    opening, _ = cache.want(2, 7, EX, OPEN, (0, 2))
+    assert effects == []
+    assert cache.invalidated(3, 7) == [
+        SendRelease(7, 5, PW, (0, 0)),
+        Wake(req, PW, NONE, 7),
+        SendRequest(opening, 7, EX, OPEN, (0, 2)),
+    ]
+
+
+def test_a_lock_that_comes_with_a_reply_wakes_who_asked_for_it() -> None:
+    cache = Host().cache()
+    req, _ = cache.want(0, 7, PR)
+    assert cache.adopt(1, 7, PW, 5) == [Wake(req, PW, NONE, 7)]
 
 
 def test_drop_all() -> None:
