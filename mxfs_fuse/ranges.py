@@ -3,7 +3,6 @@
 As everywhere, the home does it on its lower mount where its lock covers it; else the home's daemon does it.
 """
 
-import os
 from typing import cast
 
 from mxfs_fuse.nodes import Handle, Node
@@ -11,9 +10,7 @@ from mxfs_fuse.state import State
 from mxfs_fuse.writes import ShippedWrites
 from mxfs_proto.ioctls import FITRIM, SETS, check
 from mxfs_proto.ops import Op
-from mxfsd.io import libc, ranges
-from mxfsd.io.ioctls import run
-from mxfsd.io.lower import kill_priv
+from mxfsd.io import ranges
 
 
 class Ranges:
@@ -26,29 +23,20 @@ class Ranges:
     async def fallocate(self, handle: Handle, offset: int, length: int, mode: int) -> None:
         """fallocate(2)."""
         state, node = self._state, handle.node
+        kill = int(not handle.privileged)
         ranges.check_mode(mode)
         if state.lower is not None and state.may_change(handle.ino):
             state.check_writable()
-            fd = state.lower.open(node.fid, os.O_RDWR)
-            try:
-                libc.fallocate(fd, mode, offset, length)
-                self._take_privileges(handle, fd)
-            finally:
-                os.close(fd)
+            state.lower.fallocate(node.fid, mode, offset, length, kill)
             state.changed(handle.ino)
             return
-        kill = int(not handle.privileged)
         await self._change(node, Op.FALLOCATE, (*node.fid, mode, offset, length, kill))
 
     async def lseek(self, handle: Handle, offset: int, whence: int) -> int:
         """lseek(2) with SEEK_DATA or SEEK_HOLE."""
         state, node = self._state, handle.node
         if state.lower is not None and state.may_read(handle.ino):
-            fd = state.lower.open(node.fid, os.O_RDONLY)
-            try:
-                return os.lseek(fd, offset, whence)
-            finally:
-                os.close(fd)
+            return state.lower.seek(node.fid, offset, whence)
         await self._writes.settle(node)
         _, (found,) = await state.link.ship(Op.LSEEK, 0, 0, (*node.fid, offset, whence))
         return cast(int, found)
@@ -56,24 +44,15 @@ class Ranges:
     async def copy(self, source: Handle, offset: int, target: Handle, to_offset: int, length: int) -> int:
         """copy_file_range(2). Returns the bytes copied, which may be fewer."""
         state = self._state
+        values = (source.node.fid, offset, target.node.fid, to_offset, length, int(not target.privileged))
         if state.lower is not None and state.may_change(target.ino) and state.may_read(source.ino):
             state.check_writable()
-            fd = state.lower.open(source.node.fid, os.O_RDONLY)
-            try:
-                to_fd = state.lower.open(target.node.fid, os.O_RDWR)
-                try:
-                    done = ranges.copy(fd, offset, to_fd, to_offset, length)
-                    self._take_privileges(target, to_fd)
-                finally:
-                    os.close(to_fd)
-            finally:
-                os.close(fd)
+            done = state.lower.copy(*values)
             state.changed(target.ino)
             return done
         await self._writes.settle(source.node)
-        kill = int(not target.privileged)
-        values = (*source.node.fid, offset, *target.node.fid, to_offset, length, kill)
-        return cast(int, await self._change(target.node, Op.COPY, values))
+        fid, start, to_fid, *rest = values
+        return cast(int, await self._change(target.node, Op.COPY, (*fid, start, *to_fid, *rest)))
 
     async def ioctl(self, node: Node, command: int, given: bytes, uid: int) -> bytes:
         """ioctl(2); the kernel has checked who may set flags, not who may trim."""
@@ -84,11 +63,7 @@ class Ranges:
         if command in SETS:
             return cast(bytes, await self._change(node, Op.IOCTL, (*node.fid, command, given)))
         if state.lower is not None and state.may_read(node.fid.ino) and command != FITRIM:
-            fd = state.lower.open(node.fid, os.O_RDONLY | os.O_NONBLOCK)
-            try:
-                return run(fd, command, given)
-            finally:
-                os.close(fd)
+            return state.lower.ioctl(node.fid, command, given)
         _, (result,) = await state.link.ship(Op.IOCTL, 0, 0, (*node.fid, command, given))
         return cast(bytes, result)
 
@@ -112,8 +87,3 @@ class Ranges:
             node.end_seq = -1
             state.own_change(node)
         return result[0] if result else None
-
-    def _take_privileges(self, handle: Handle, fd: int) -> None:
-        if handle.node.privileged and not handle.privileged:
-            kill_priv(fd)
-            handle.node.privileged = False

@@ -308,6 +308,12 @@ class HomeService:
         if self.records is not None and c.key is not None and takes_intent(c.request):
             c.intent = self.records.intend(c.key, c.request, before)
 
+    async def intent_durable(self, c: _Context) -> None:
+        """Data is about to be overwritten, and may reach the disk before the log does: first make the intent durable,
+        so that the next home knows that this was begun."""
+        if c.intent is not None:
+            await self.forced(self.forcer.changed(c.intent.fid))
+
     def end(self, c: _Context, values: list[Any], fid: Fid, *also: int) -> list[Any]:
         """It has changed *fid* and *also*: write its outcome, under the locks that it has. Return *values*."""
         if self.records is not None and c.key is not None:
@@ -546,7 +552,7 @@ class HomeService:
         if c.intent is not None and valid & Valid.SIZE and 0 < rest[3] < self.lower.getattr(fid).size:
             # XFS zeroes the rest of the last block on the disk before the transaction that makes the file shorter: the
             # next home must know that this was begun.
-            await self.forced(self.forcer.changed(c.intent.fid))
+            await self.intent_durable(c)
         attr = self.lower.setattr(fid, valid, *rest)
         if self._orphans.get(ino) == fid:
             attr = attr._replace(nlink=0)

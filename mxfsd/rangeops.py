@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 from mxfs_proto.ioctls import FITRIM, SETS, check
 from mxfs_proto.modes import LockMode
 from mxfs_proto.ops import Fid, Op
-from mxfsd.io import libc, ranges
+from mxfsd.io import ranges
 from mxfsd.io.ioctls import run
-from mxfsd.io.lower import kill_priv
 
 if TYPE_CHECKING:
     from mxfsd.home import HomeService, _Context
@@ -51,24 +50,12 @@ class RangeOps:
         ranges.check_mode(mode)
         await c.lock((ino, LockMode.EX))
         await service.commit_before(ino, c.node)
-        fd = service.lower.open(fid, os.O_RDWR)
-        try:
-            service.begin(c)
-            if mode & ranges.ERASES:
-                await self._told(c)
-            await self._in_thread(lambda: libc.fallocate(fd, mode, offset, length))
-            if kill:
-                kill_priv(fd)
-        finally:
-            os.close(fd)
+        service.begin(c)
+        if mode & ranges.ERASES:
+            await service.intent_durable(c)
+        await self._in_thread(lambda: service.lower.fallocate(fid, mode, offset, length, kill))
         await service.commit_stable(c, fid)
         return service.end(c, [], fid)
-
-    async def _told(self, c: "_Context") -> None:
-        """Data of a file is about to be overwritten, and may reach the disk before the log does: first make the intent
-        durable, so that the next home knows that this was begun."""
-        if c.intent is not None:
-            await self._service.forced(self._service.forcer.changed(c.intent.fid))
 
     async def _lseek(self, c: "_Context", ino: int, gen: int, offset: int, whence: int) -> list[Any]:
         service = self._service
@@ -76,11 +63,7 @@ class RangeOps:
             raise OSError(errno.EINVAL, f"lseek whence {whence}")
         await c.lock((ino, LockMode.CR))
         await service.commit_before(ino, c.node)
-        fd = service.lower.open(Fid(ino, gen), os.O_RDONLY)
-        try:
-            return [os.lseek(fd, offset, whence)]
-        finally:
-            os.close(fd)
+        return [service.lower.seek(Fid(ino, gen), offset, whence)]
 
     async def _copy(
         self, c: "_Context", ino: int, gen: int, offset: int, to_ino: int, to_gen: int, to_offset: int, length: int,
@@ -91,19 +74,9 @@ class RangeOps:
         await c.lock((to_ino, LockMode.EX), *([(ino, LockMode.PR)] if ino != to_ino else []))
         await service.commit_before(ino, 0)  # whoever wrote it
         await service.commit_before(to_ino, c.node)
-        fd = service.lower.open(source, os.O_RDONLY)
-        try:
-            to_fd = service.lower.open(target, os.O_RDWR)
-            try:
-                service.begin(c)
-                await self._told(c)
-                done = await self._in_thread(lambda: ranges.copy(fd, offset, to_fd, to_offset, length))
-                if kill:
-                    kill_priv(to_fd)
-            finally:
-                os.close(to_fd)
-        finally:
-            os.close(fd)
+        service.begin(c)
+        await service.intent_durable(c)
+        done = await self._in_thread(lambda: service.lower.copy(source, offset, target, to_offset, length, kill))
         await service.commit_stable(c, target)
         return service.end(c, [done], target)
 
@@ -114,15 +87,12 @@ class RangeOps:
         if command == FITRIM:
             c.executed = True
             return [await self._in_thread(lambda: run(service.lower.mount_fd, command, given))]
-        await c.lock((ino, LockMode.EX if command in SETS else LockMode.CR))
-        fd = service.lower.open(fid, os.O_RDONLY | os.O_NONBLOCK)
-        try:
-            if command not in SETS:
-                return [run(fd, command, given)]
-            service.begin(c)
-            return service.end(c, [run(fd, command, given)], fid)
-        finally:
-            os.close(fd)
+        if command not in SETS:
+            await c.lock((ino, LockMode.CR))
+            return [service.lower.ioctl(fid, command, given)]
+        await c.lock((ino, LockMode.EX))
+        service.begin(c)
+        return service.end(c, [service.lower.ioctl(fid, command, given)], fid)
 
     async def _btime(self, c: "_Context", ino: int, gen: int) -> list[Any]:
         c.seen.append(ino)

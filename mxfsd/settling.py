@@ -6,9 +6,6 @@ question, with the same answer, to the next home.
 
 import errno
 import hashlib
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import structlog
@@ -27,8 +24,7 @@ from mxfsd.core.outcomes import (
     unpack_intent,
 )
 from mxfsd.core.sessions import SessionTable
-from mxfsd.io import ioctls, libc, ranges
-from mxfsd.io.lower import Lower, kill_priv
+from mxfsd.io.lower import Lower
 from mxfsd.oprecords import Key, OpRecords, Slot
 
 log = structlog.get_logger(__name__)
@@ -148,21 +144,13 @@ def _redo(lower: Lower, intent: Intent) -> bytes:
         if _only_orphan(lower, fid, attr):
             attr = attr._replace(nlink=0)
         return b"".join(pack_reply(op, [], [attr]))
-    if op is Op.FALLOCATE:
-        with _opened(lower, fid, os.O_RDWR) as fd:
-            libc.fallocate(fd, *values[2:5])
-            if values[5]:
-                kill_priv(fd)
-    elif op is Op.COPY:
-        with _opened(lower, fid, os.O_RDONLY) as fd, _opened(lower, Fid(values[3], values[4]), os.O_RDWR) as to_fd:
-            done = ranges.copy(fd, values[2], to_fd, values[5], values[6])
-            if values[7]:
-                kill_priv(to_fd)
+    if op is Op.COPY:
+        done = lower.copy(fid, values[2], Fid(values[3], values[4]), *values[5:])
         return b"".join(pack_reply(op, [], [done]))
-    elif op is Op.IOCTL:
-        with _opened(lower, fid, os.O_RDONLY | os.O_NONBLOCK) as fd:
-            result = ioctls.run(fd, values[2], values[3])
-        return b"".join(pack_reply(op, [], [result]))
+    if op is Op.IOCTL:
+        return b"".join(pack_reply(op, [], [lower.ioctl(fid, values[2], values[3])]))
+    if op is Op.FALLOCATE:
+        lower.fallocate(fid, *values[2:])
     elif op is Op.SETXATTR:
         lower.setxattr(fid, values[2], values[3], 0)
     else:
@@ -173,15 +161,6 @@ def _redo(lower: Lower, intent: Intent) -> bytes:
             if exc.errno != errno.ENODATA or not intent.before.flags & BeforeFlag.PRESENT:
                 raise
     return b"".join(pack_reply(op, [], []))
-
-
-@contextmanager
-def _opened(lower: Lower, fid: Fid, flags: int) -> Iterator[int]:
-    fd = lower.open(fid, flags)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
 
 
 def _only_orphan(lower: Lower, fid: Fid, attr: Attr) -> bool:

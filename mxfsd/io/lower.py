@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from mxfs_proto.ops import Attr, Entry, Fid, Valid
-from mxfsd.io import libc
+from mxfsd.io import ioctls, libc, ranges
 
 HIDDEN = b".mxfs"
 """The folder in the lower root that no operation shows: orphans and records of operations."""
@@ -403,6 +403,41 @@ class Lower:
         """removexattr(2)."""
         with self._path_fd(fid) as fd:
             os.removexattr(f"/proc/self/fd/{fd}", name)
+
+    # -- ranges and flags ----------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _opened(self, fid: Fid, flags: int) -> Iterator[int]:
+        fd = self.open(fid, flags)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+    def fallocate(self, fid: Fid, mode: int, offset: int, length: int, kill: int) -> None:
+        """fallocate(2). *kill*: take set-id bits away."""
+        with self._opened(fid, os.O_RDWR) as fd:
+            libc.fallocate(fd, mode, offset, length)
+            if kill:
+                kill_priv(fd)
+
+    def seek(self, fid: Fid, offset: int, whence: int) -> int:
+        """lseek(2) with SEEK_DATA or SEEK_HOLE."""
+        with self._opened(fid, os.O_RDONLY) as fd:
+            return os.lseek(fd, offset, whence)
+
+    def copy(self, source: Fid, offset: int, target: Fid, to_offset: int, length: int, kill: int) -> int:
+        """copy_file_range(2); return the bytes copied. *kill*: take set-id bits of the target away."""
+        with self._opened(source, os.O_RDONLY) as fd, self._opened(target, os.O_RDWR) as to_fd:
+            done = ranges.copy(fd, offset, to_fd, to_offset, length)
+            if kill:
+                kill_priv(to_fd)
+            return done
+
+    def ioctl(self, fid: Fid, command: int, given: bytes) -> bytes:
+        """Run an ioctl that `mxfs_proto.ioctls.check` has let through; return what it gives back."""
+        with self._opened(fid, os.O_RDONLY | os.O_NONBLOCK) as fd:
+            return ioctls.run(fd, command, given)
 
     def btime_ns(self, fid: Fid) -> int:
         """When the object was made, in nanoseconds since the epoch."""

@@ -22,6 +22,7 @@ from mxfsd.core.timeouts import Timeouts
 from mxfsd.home import INTERNAL_REQ
 from mxfsd.homerole import HomeRole
 from mxfsd.io import libc
+from mxfsd.io.ranges import KEEP_SIZE, PUNCH_HOLE
 from mxfsd.settling import recover_sessions
 
 pytestmark = pytest.mark.needs("root", "loop", "xfs")
@@ -254,6 +255,28 @@ async def test_a_stable_write_is_not_repeated_by_the_next_home(rig: Rig) -> None
     assert (await after.reply(Op.WRITE))[2] == [0, 5]
     assert os.pread(rig.lower.file_fd(file), 10, 0) == b"newer"
     await after.role.freeze()
+
+
+@pytest.mark.parametrize("op", [Op.COPY, Op.FALLOCATE])
+async def test_data_is_overwritten_when_the_next_home_would_know_of_it(rig: Rig, op: Op) -> None:
+    source, target = await rig.make(A, 1, b"source"), await rig.make(A, 2, b"target")
+    for seq, file in ((3, source), (5, target)):
+        rig.ship(A, seq, Op.WRITE, *file, 0, 0, b"data of %d" % seq)
+        await rig.reply(Op.WRITE)
+        rig.ship(A, seq + 1, Op.FSYNC, *file, 0)
+        await rig.reply(Op.FSYNC)
+    await turns()
+    rig.lower.gate.shut()
+    if op is Op.COPY:
+        rig.ship(A, 7, op, *source, 0, *target, 0, 9, 0)
+    else:
+        rig.ship(A, 7, op, *target, PUNCH_HOLE | KEEP_SIZE, 0, 4, 0)
+    await until(rig.lower.gate.entered.is_set)
+    await turns()
+    assert os.pread(rig.lower.file_fd(target), 9, 0) == b"data of 5"
+    rig.lower.gate.open()
+    assert (await rig.reply(op))[0] == 0
+    assert os.pread(rig.lower.file_fd(target), 9, 0) == (b"data of 3" if op is Op.COPY else b"\0\0\0\0 of 5")
 
 
 @pytest.mark.error_logs
