@@ -192,9 +192,8 @@ class State:
 
         What is not named here (a lock on an inode that the kernel has forgotten meanwhile) is held no more."""
         rows = []
-        held = {ino: mode for ino, mode, _seq, _opens in self.locks.cache.held()}
         for ino, node in self.nodes.items():
-            mode = held.pop(ino, self.locks.mode(ino))
+            mode = self.locks.cache.data_mode(ino)
             if node.behind or self.unstable.holds(node.fid):
                 mode = _EX
             elif mode > _PR and not node.cached_writers:
@@ -202,7 +201,7 @@ class State:
             if mode != LockMode.NL or node.opens_r or node.opens_w:
                 node.registered = node.opens
                 rows.append(ReclaimEntry(*node.fid, mode, *node.opens))
-        self.locks.cache.hold_named({row.ino: LockMode(row.mode) for row in rows})
+        self.locks.cache.hold_named({row.ino: row.mode for row in rows})
         return rows
 
     # -- time ------------------------------------------------------------------------------------------------------
