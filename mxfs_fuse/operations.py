@@ -847,7 +847,7 @@ class Operations(pyfuse3.Operations):
     async def sync_all(self) -> None:
         """Make durable what was written through this mount: the kernel hands sync(2) and syncfs(2) to no FUSE server of
         our kind. Raises OSError."""
-        await self._open_gate()
+        await self.state.pass_gate()
         await self.io.writes.commit_all()
         lower = self.state.lower
         if lower is not None:
@@ -858,13 +858,13 @@ class Operations(pyfuse3.Operations):
     @_errno_boundary
     async def fallocate(self, fh: int, offset: int, length: int, mode: int, ctx: object) -> None:
         """fallocate(2)."""
-        await self._open_gate()
+        await self.state.pass_gate()
         await self.ranges.fallocate(self.io.handles[fh], offset, length, mode)
 
     @_errno_boundary
     async def lseek(self, fh: int, offset: int, whence: int, ctx: object) -> int:
         """lseek(2) with SEEK_DATA or SEEK_HOLE."""
-        await self._open_gate()
+        await self.state.pass_gate()
         return await self.ranges.lseek(self.io.handles[fh], offset, whence)
 
     @_errno_boundary
@@ -872,25 +872,21 @@ class Operations(pyfuse3.Operations):
         self, fh: int, offset: int, to_fh: int, to_offset: int, length: int, ctx: object
     ) -> int:  # fmt: skip
         """copy_file_range(2)."""
-        await self._open_gate()
+        await self.state.pass_gate()
         handles = self.io.handles
         return await self.ranges.copy(handles[fh], offset, handles[to_fh], to_offset, length)
 
     @_errno_boundary
     async def ioctl(self, inode: int, command: int, given: bytes, ctx: RequestContext) -> bytes:
         """ioctl(2) on a file or directory."""
-        await self._open_gate()
+        await self.state.pass_gate()
         return await self.ranges.ioctl(self.state.node(inode), command, given, ctx.uid)
 
     @_errno_boundary
     async def btime(self, inode: int, ctx: object) -> int:
         """When the object was made, in nanoseconds since the epoch (statx(2))."""
-        await self._open_gate()
+        await self.state.pass_gate()
         return await self.ranges.btime_ns(self.state.node(inode))
-
-    async def _open_gate(self) -> None:
-        if self.state.gate is not None:
-            await self.state.pass_gate()
 
     # -- file locks ------------------------------------------------------------------------------------------------
 
