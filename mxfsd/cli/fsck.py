@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 import signal
-import stat
 import subprocess
 import sys
 import tempfile
@@ -23,7 +22,7 @@ from typing import IO, Any, NoReturn
 from mxfs_proto.errors import IoFailure, MediaError, MxfsError
 from mxfs_proto.ondisk import ForeignRecord, OtherVersion, format_uuid
 from mxfs_proto.xfs_sb import NotXfs
-from mxfsd.cli.mkfs import hide_fuse_mounts
+from mxfsd.cli.mkfs import hide_fuse_mounts, objection
 from mxfsd.cli.mount import MountError, check_not_running, check_unused, what_instead
 from mxfsd.hold import Hold
 from mxfsd.io.clock import now_ms
@@ -81,16 +80,9 @@ def say(text: str) -> None:
 
 def check_device(device: str, *, writable: bool) -> None:
     """Check what can be seen without reading the device. Raises CannotCheck."""
-    try:
-        status = os.stat(device)
-    except OSError as error:
-        raise CannotCheck(f"{device}: {error.strerror}: name an existing block device") from None
-    if stat.S_ISREG(status.st_mode):
-        raise CannotCheck(f"{device} is a regular file: attach it with losetup and name the loop device")
-    if not stat.S_ISBLK(status.st_mode):
-        raise CannotCheck(f"{device} is not a block device: name one")
-    if os.geteuid() != 0:
-        raise CannotCheck(f"{device}: only root can check a device: use sudo")
+    reason = objection(device, "check")
+    if reason:
+        raise CannotCheck(reason)
     try:
         check_unused(device)
         fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)

@@ -96,18 +96,25 @@ def check_options(options: argparse.Namespace, extra: list[str]) -> int:
     return size
 
 
+def objection(device: str, what: str) -> str:
+    """Return why this program cannot do *what* to the device at all, empty where it can."""
+    try:
+        mode = os.stat(device).st_mode
+    except OSError as error:
+        return f"{device}: {error.strerror}: name an existing block device"
+    if stat.S_ISREG(mode):
+        return f"{device} is a regular file: attach it with losetup and name the loop device"
+    if not stat.S_ISBLK(mode):
+        return f"{device} is not a block device: name one"
+    return f"{device}: only root can {what} a device: use sudo" if os.geteuid() != 0 else ""
+
+
 def check_device(device: str) -> None:
     """Check what can be seen without opening the device for writing. Raises Refusal."""
-    try:
-        status = os.stat(device)
-    except OSError as error:
-        raise Refusal(f"{device}: {error.strerror}: name an existing block device") from error
-    if stat.S_ISREG(status.st_mode):
-        raise Refusal(f"{device} is a regular file: attach it with losetup and name the loop device")
-    if not stat.S_ISBLK(status.st_mode):
-        raise Refusal(f"{device} is not a block device: name one")
-    if os.geteuid() != 0:
-        raise Refusal(f"{device}: only root can format a device: use sudo")
+    reason = objection(device, "format")
+    if reason:
+        raise Refusal(reason)
+    status = os.stat(device)
     number = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as mounts:
         for line in mounts:
