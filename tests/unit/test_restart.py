@@ -153,6 +153,13 @@ class Link:
         assert mine is not None
         await self.link.adopt(mine, limit_s)
 
+    async def meet(self) -> None:
+        """Adopt this process, which is of node 3, incarnation 7."""
+        adopting = asyncio.create_task(self.adopt())
+        await until(lambda: (self.folder / "daemon.sock").exists())
+        self.dial(node=3, incarnation=7)
+        await adopting
+
     def dial(self, **fields: Any) -> None:
         path = str(self.folder / "daemon.sock")
         self.conn = connect_unix(path, lambda _conn, frame: self.frames.append(frame), lambda _conn, _error: None)
@@ -185,10 +192,7 @@ async def until(condition: Any) -> None:
 async def test_an_older_fuse_layer_is_welcomed_and_asked_what_it_holds(tmp_path: Path) -> None:
     both = Link(tmp_path)
     try:
-        adopting = asyncio.create_task(both.adopt())
-        await until(lambda: (tmp_path / "daemon.sock").exists())
-        both.dial(node=3, incarnation=7)
-        await adopting
+        await both.meet()
         assert (both.link.adopted, both.link.continues, both.link.slot) == (True, 7, 3)
         assert both.link.served and not both.link.attached.is_set()
         both.link.welcome({"node": 3, "epoch": 5, "home": 1})
@@ -207,10 +211,7 @@ async def test_what_answers_an_earlier_question_is_not_taken_for_the_answer(tmp_
     would say that this node holds, and has open, next to nothing."""
     both = Link(tmp_path)
     try:
-        adopting = asyncio.create_task(both.adopt())
-        await until(lambda: (tmp_path / "daemon.sock").exists())
-        both.dial(node=3, incarnation=7)
-        await adopting
+        await both.meet()
         both.link.welcome({"node": 3, "epoch": 5, "home": 1})
         await until(lambda: both.frames)
         both.netlink.connect(int(unpack_json(both.frames[0].payload)["portid"]))
@@ -266,10 +267,7 @@ async def test_nothing_is_sent_to_a_fuse_layer_whose_socket_is_gone(tmp_path: Pa
     """Its end is told a moment later; what an operation of another node sends it meanwhile is no error of that one."""
     both = Link(tmp_path)
     try:
-        adopting = asyncio.create_task(both.adopt())
-        await until(lambda: (tmp_path / "daemon.sock").exists())
-        both.dial(node=3, incarnation=7)
-        await adopting
+        await both.meet()
         both.link.welcome({"node": 3, "epoch": 5, "home": 1})
         both.netlink.close()
         for _ in range(3):  # the first finds out
@@ -298,10 +296,7 @@ async def test_a_fuse_layer_that_does_not_come_or_has_ended(tmp_path: Path) -> N
 async def test_a_node_that_is_out_tells_its_fuse_layer(tmp_path: Path) -> None:
     both = Link(tmp_path)
     try:
-        adopting = asyncio.create_task(both.adopt())
-        await until(lambda: (tmp_path / "daemon.sock").exists())
-        both.dial(node=3, incarnation=7)
-        await adopting
+        await both.meet()
         both.link.refuse("put out")
         await until(lambda: both.frames)
         assert (both.frames[0].type, unpack_json(both.frames[0].payload)) == (FrameType.REFUSE, {"reason": "put out"})
@@ -315,10 +310,7 @@ async def test_a_connection_that_breaks_is_no_state_to_stay_in(tmp_path: Path, m
     broken: list[str] = []
     both.link.on_broken = broken.append
     try:
-        adopting = asyncio.create_task(both.adopt())
-        await until(lambda: (tmp_path / "daemon.sock").exists())
-        both.dial(node=3, incarnation=7)
-        await adopting
+        await both.meet()
         assert both.conn is not None
         both.conn.close()
         await until(lambda: broken)
