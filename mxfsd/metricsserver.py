@@ -17,7 +17,7 @@ import structlog
 from mxfs_proto.errors import IoFailure, MxfsError
 from mxfsd import rundir
 from mxfsd.options import host_port
-from mxfsd.report import figures_report, status_report
+from mxfsd.report import full_report
 
 if TYPE_CHECKING:
     from mxfsd.daemon import Daemon
@@ -160,7 +160,7 @@ async def begin(daemon: "Daemon") -> MetricsServer | None:
     def snapshot() -> dict[str, Any] | None:
         if daemon.held is None:
             return None
-        return {**status_report(daemon), "figures": figures_report(daemon)}
+        return full_report(daemon)
 
     server = MetricsServer(*daemon.options.metrics, snapshot)
     try:

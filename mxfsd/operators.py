@@ -11,7 +11,7 @@ from mxfs_proto.ondisk import SlotState
 from mxfsd.control import Handler
 from mxfsd.io.clock import now_ms
 from mxfsd.io.heartbeat_client import SlotView
-from mxfsd.report import figures_report, locks_report, status_report
+from mxfsd.report import full_report, locks_report, status_report
 
 if TYPE_CHECKING:
     from mxfsd.daemon import Daemon
@@ -42,8 +42,7 @@ class Operators:
 
     async def _status(self, request: dict[str, Any]) -> dict[str, Any]:
         """The state; with ``figures`` also what was counted, which is longer."""
-        reply = status_report(self._daemon)
-        return {**reply, "figures": figures_report(self._daemon)} if request.get("figures") else reply
+        return full_report(self._daemon) if request.get("figures") else status_report(self._daemon)
 
     async def _locks(self, _request: dict[str, Any]) -> dict[str, Any]:
         return locks_report(self._daemon)

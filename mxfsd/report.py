@@ -101,6 +101,11 @@ def figures_report(daemon: "Daemon") -> dict[str, Any]:
     return {"now_s": time.monotonic(), "buckets_s": list(BUCKETS_S), "nodes": nodes, "here": here}
 
 
+def full_report(daemon: "Daemon") -> dict[str, Any]:
+    """The state, and what was counted, which is longer."""
+    return {**status_report(daemon), "figures": figures_report(daemon)}
+
+
 def locks_report(daemon: "Daemon") -> dict[str, Any]:
     """Each resource that some node but the home's own FUSE layer has asked for. Only the home knows."""
     if daemon.home is None:
