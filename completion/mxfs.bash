@@ -8,7 +8,9 @@ declare -gA _mxfs_options=(
     [locks]="--json --run-dir"
     [info]="--json"
     [pr]="--json --timeout"
-    [fsck]="-n --json"
+    [fsck]="-n --json --prdev"
+    [grow]="--prdev"
+    [adopt]="-f --force"
     ["home move"]="--volume --run-dir"
     [evict]="--volume --run-dir"
     [sync]="--run-dir"
@@ -34,6 +36,8 @@ declare -gA _mxfs_operands=(
     [info]="device"
     [pr]="device"
     [fsck]="device"
+    [grow]="device"
+    [adopt]="device"
     ["home move"]="node"
     [evict]="node"
     [sync]="volume"
@@ -54,6 +58,7 @@ declare -gA _mxfs_values=(
     [--run-dir]="dir"
     [--root]="dir"
     [--volume]="volume"
+    [--prdev]="device"
     [--timeout]=""
     [--interval]=""
     [--count]=""
@@ -177,7 +182,7 @@ _mkfs_mxfs() {
 _fsck_mxfs() {
     local cur=${COMP_WORDS[COMP_CWORD]}
     if [[ $cur == -* ]]; then
-        _mxfs_complete "-n --json -a -p -y -f -r -V -C --help" "$cur"
+        _mxfs_complete "-n --json --prdev -a -p -y -f -r -V -C --help" "$cur"
     else
         _mxfs_complete device "$cur"
     fi

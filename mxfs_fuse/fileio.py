@@ -5,19 +5,25 @@ needs a lock of its own. A direct one needs none: each access runs at the home u
 """
 
 import asyncio
+import errno
 import itertools
 import os
+from typing import TypeAlias, cast
 
 from pyfuse3 import FileHandleT, FileInfo
 
+from mxfs_fuse.channel.types import Opened
 from mxfs_fuse.locks import PAGE
 from mxfs_fuse.nodes import Handle, Node
+from mxfs_fuse.passthrough import Passthrough, PassthroughFile
 from mxfs_fuse.state import State
 from mxfs_fuse.writes import ShippedWrites
 from mxfs_proto.lockflags import LockFlag
 from mxfs_proto.modes import LockMode
 from mxfs_proto.ops import Op
 from mxfsd.io.lower import kill_priv
+
+Way: TypeAlias = tuple[PassthroughFile | None, bool]
 
 _PR = LockMode.PR
 _PW = LockMode.PW
@@ -51,6 +57,7 @@ class FileIO:
         self.bytes_read = 0
         self.bytes_written = 0
         self.writes = ShippedWrites(state)
+        self.passthrough = Passthrough(state, self._closed)
 
     # -- opening ---------------------------------------------------------------------------------------------------
 
@@ -80,9 +87,15 @@ class FileIO:
                 if state.lower is None and not (known and state.losses == losses):
                     # Without a lock all the time: ESTALE where it was removed meanwhile.
                     await state.link.ship(Op.GETATTR, 0, 0, node.fid)
-            handle = self._handle(node, flags, uid, writable, cached)
-            if state.lower is not None:
-                self._fd(handle)
+            # A lock that came may be on its way back by now; for what cannot be called back it must be held.
+            firm = cached and state.locks.mode(ino) >= wanted
+            handle = self._handle(node, flags, uid, writable, cached, self._passthrough(node, writable, firm))
+            if state.lower is not None and not handle.free:
+                try:
+                    self._fd(handle)
+                except BaseException:
+                    self._let_go(handle)
+                    raise
         except BaseException:
             self._count(node, writable, -1)
             self._closed(node)
@@ -100,26 +113,49 @@ class FileIO:
                 os.close(fd)
             return await self.open(node, flags, uid)
         self._count(node, writable, 1)
-        handle = self._handle(node, flags, uid, writable, cached=True)
-        if fd >= 0 and handle.append:
+        try:
+            handle = self._handle(node, flags, uid, writable, True, self._passthrough(node, writable, True))
+        except BaseException:
+            self._count(node, writable, -1)
+            if fd >= 0:
+                os.close(fd)
+            raise
+        if fd >= 0 and (handle.append or handle.free):
             os.close(fd)
             fd = -1
         handle.fd = fd
         return self._register(handle)
 
-    def _handle(self, node: Node, flags: int, uid: int, writable: bool, cached: bool) -> Handle:
+    def _passthrough(self, node: Node, writable: bool, cached: bool) -> Way:
+        """Whether the kernel is to read and write by itself, through which file, or only to map. Raises OSError."""
+        file = self.passthrough.choose(node, cached)
+        return file, file is not None and self.passthrough.is_free(file, writable, cached)
+
+    def _handle(self, node: Node, flags: int, uid: int, writable: bool, cached: bool, way: Way) -> Handle:
         append = bool(flags & os.O_APPEND)
-        direct = not cached or _always_direct(flags)
+        file, free = way
+        direct = not cached or _always_direct(flags) or file is not None
         handle = Handle(node, flags, writable, append, direct, privileged=uid == 0)
+        if file is not None:
+            self.passthrough.opened(handle, file, free)
         if not direct:
             node.may_have_pages = True
             if writable:
                 node.cached_writers += 1
         return handle
 
+    def _let_go(self, handle: Handle) -> None:
+        """An open is over, or came to nothing."""
+        if handle.writable and not handle.direct:
+            handle.node.cached_writers -= 1
+        if handle.passthrough is not None:
+            self.passthrough.closed(handle)
+
     def _register(self, handle: Handle) -> FileInfo:
         self._next += 1
         self.handles[self._next] = handle
+        if handle.passthrough is not None:
+            return cast(FileInfo, Opened(self._next, handle.passthrough.backing_id, direct_io=not handle.free))
         # Pages are dropped whenever a lock is lost: what is cached now is current, so it may stay.
         return FileInfo(fh=self._next, direct_io=handle.direct, keep_cache=not handle.direct)
 
@@ -154,8 +190,7 @@ class FileIO:
         node = handle.node
         if handle.fd >= 0:
             os.close(handle.fd)
-        if handle.writable and not handle.direct:
-            node.cached_writers -= 1
+        self._let_go(handle)
         self._count(node, handle.writable, -1)
         self._closed(node)
 
@@ -171,7 +206,7 @@ class FileIO:
             if state.lower is not None:
                 if state.may_free(ino) and not state.readonly:
                     state.lower.reap(node.fid)
-            elif node.attr is not None and node.attr.nlink == 0:
+            elif node.unnamed or (node.attr is not None and node.attr.nlink == 0):
                 state.reap(node.fid)
             state.forget(node)
 
@@ -323,9 +358,25 @@ class FileIO:
 
     async def flush(self, fh: FileHandleT) -> None:
         """A descriptor is closed: everything written through this node has reached the home, or the error is told."""
+        self._check_lower(self.handles[fh])
         node = self.handles[fh].node
         await self.writes.settle(node)
         self.writes.raise_error(node)
+
+    async def fsync(self, handle: Handle) -> None:
+        """Make durable what was written through this node."""
+        if handle.passthrough is not None and handle.writable:
+            await self.passthrough.pass_gate(handle.passthrough)
+            self._check_lower(handle)
+        await self.fsync_node(handle.node)
+
+    @staticmethod
+    def _check_lower(handle: Handle) -> None:
+        """EIO for a file that was written without asking, on a lower mount that has ended: what became of the last
+        writes, through mappings too, only the kernel knows."""
+        file = handle.passthrough
+        if file is not None and file.stale and handle.writable:
+            raise OSError(errno.EIO, "the lower mount has ended")
 
     async def fsync_node(self, node: Node) -> None:
         """Make an object durable: on the home by fsync of the lower one, elsewhere by the home."""

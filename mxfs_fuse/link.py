@@ -14,6 +14,7 @@ from typing import Any
 
 from mxfs_proto.frames import Frame, FrameType
 from mxfs_proto.ops import Grant, Op, OpFlag, pack_request, unpack_reply
+from mxfsd.io.stream import FrameConnection
 from mxfsd.io.unixconn import UnixFrameConnection
 
 
@@ -38,6 +39,7 @@ class OperationLink:
         self._seq = 0
         self._pending: dict[int, _Pending] = {}
         self._conn: UnixFrameConnection | None = None
+        self._direct: FrameConnection | None = None
         self._on_grants = on_grants
         self._open = False
         self._resuming = False
@@ -57,12 +59,24 @@ class OperationLink:
         """Use this connection from now on (after a restart of the daemon: a new one)."""
         self._conn = conn
 
+    def is_direct(self, conn: FrameConnection) -> bool:
+        """Whether operations go over *conn*, which is ours alone."""
+        return conn is self._direct
+
     def suspend(self) -> None:
         """Keep operations back: the home is changing."""
         self._open = self._resuming = False
+        if self._direct is not None:
+            self._direct.abort()
+            self._direct = None
 
-    def resume(self, epoch: int) -> None:
-        """Send everything unanswered to the home of *epoch*, in the order of the first sending."""
+    def resume(self, epoch: int, direct: FrameConnection | None = None) -> None:
+        """Send everything unanswered to the home of *epoch*, in the order of the first sending.
+
+        *direct*: a connection to the home itself, else operations go through the daemon. It is the same one until
+        suspend(): operations that took two ways could overtake each other.
+        """
+        self._direct = direct
         self.epoch = epoch
         self._resuming = True
         if self.before_resume is None or not self.before_resume(epoch):
@@ -80,8 +94,9 @@ class OperationLink:
                 self._send(seq, pending.parts)
 
     def _send(self, seq: int, parts: list[bytes], ahead: bool = False) -> None:
-        if (self._open or (ahead and self._resuming)) and self._conn is not None:
-            self._conn.send(FrameType.OP_REQ, parts, epoch=self.epoch, session=self.session, seq=seq)
+        conn = self._direct or self._conn
+        if (self._open or (ahead and self._resuming)) and conn is not None:
+            conn.send(FrameType.OP_REQ, parts, epoch=self.epoch, session=self.session, seq=seq)
 
     async def ship(
         self, op: Op, uid: int, gid: int, values: Sequence[Any], want_lock: bool = False

@@ -3,7 +3,7 @@
 import asyncio
 import errno
 import os
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
@@ -71,7 +71,9 @@ class LockClient:
         self.basts = 0
         self.suspended = False
         self.reclaiming = False
-        self.before_release: Callable[[Node, LockMode], Awaitable[None]] = _nothing_before
+        self.settle: Callable[[Node], Awaitable[None]] = _nothing
+        """Wait until the home has answered what was written so far."""
+        self.before_release: Callable[[Node, LockMode], Awaitable[None]] = _nothing
         """Awaited before a lock goes down to a mode: what was written under it must be durable first."""
         self.holds_data: Callable[[Node], bool] = lambda node: bool(node.behind)
         """Whether before_release() has something to do."""
@@ -92,7 +94,7 @@ class LockClient:
 
     def _has_cached_writer(self, ino: int) -> bool:
         node = self._nodes.get(ino)
-        return node is not None and node.cached_writers > 0
+        return node is not None and (node.cached_writers > 0 or node.pinned)
 
     # -- asking ----------------------------------------------------------------------------------------------------
 
@@ -113,8 +115,18 @@ class LockClient:
         Not while a home is told all (resume() makes up for it): the two would come in any order.
         """
         if not self.reclaiming and node.opens != node.registered:
-            node.registered = node.opens
-            self._send(Opens(node.fid.ino, node.opens_r, node.opens_w, LockFlag.NONE))
+            self._send_opens(node, node.opens)
+
+    def tell_pin(self, node: Node) -> None:
+        """The kernel may write a file by itself from now on, or no longer. Where this node holds it in EX without the
+        master's knowing, that need not be said before the lock is called back: see run()."""
+        if not self.reclaiming and self.cache.seq(node.fid.ino) > 0:
+            self._send_opens(node, node.opens)
+
+    def _send_opens(self, node: Node, opens: tuple[int, int]) -> None:
+        node.pin_told = node.pinned
+        node.registered = opens
+        self._send(Opens(node.fid.ino, *opens, LockFlag.KERNEL_WRITER if node.pinned else LockFlag.NONE))
 
     # -- effects ---------------------------------------------------------------------------------------------------
 
@@ -130,6 +142,8 @@ class LockClient:
                 if node is not None:
                     node.registered = effect.opens
                 if not self.reclaiming:
+                    if node is not None and (node.pinned or node.pin_told):
+                        self._send_opens(node, effect.opens)  # first, so that nobody is granted what it rules out
                     self._send(LockRelease(effect.ino, effect.seq, effect.mode, *effect.opens))
             elif isinstance(effect, Wake):
                 for future in self._waits.pop(effect.req_id, ()):
@@ -251,7 +265,7 @@ class LockClient:
         node = self._nodes.get(ino)
         keeps = covers(target, LockMode.PR)
         if node is not None and node.behind:
-            await node.settle()
+            await self.settle(node)
         if not keeps:
             self._on_released(ino)
         if node is not None and not keeps:
@@ -262,10 +276,12 @@ class LockClient:
                 await self._in_thread(self._drop_attributes, ino)
         if node is not None:
             await self.before_release(node, target)
-        sync = self._sync(ino)
-        if sync is not None:
+        while (sync := self._sync(ino)) is not None:
             # What cannot be made durable must not be seen by another node: an error here keeps the lock.
+            pinned = node is not None and node.pinned
             await self._in_lower(sync)
+            if node is None or not pinned or node.pinned:
+                break  # (of what is pinned the home makes durable what is written from now on, before others see it)
         self.run(self.cache.invalidated(now_ms(), ino))
         if ino not in self._nodes:
             self.run(self.cache.forget(now_ms(), ino))  # the kernel forgot it meanwhile: nothing would give it back
@@ -307,8 +323,7 @@ class LockClient:
             revocation.serve = False
             if not revocation.again and not node.serving:
                 break
-        node.expect_old_write()
-        node.refilled = False
+        node.pages_dropped()
         for task in passes:
             if not task.done():
                 task.add_done_callback(lambda _done: node.expect_old_write())
@@ -365,9 +380,42 @@ class LockClient:
             if ended:
                 for task in ended:
                     task.result()
-                node.expect_old_write()
-                node.refilled = False
+                node.pages_dropped()
                 return
+
+    async def drop_pages_of_many(self, nodes: Sequence[Node]) -> None:
+        """As ``drop_pages_of`` for each of them, in one thread: of files that no upcall is under way for.
+
+        One that the thread does not get past (an upcall has come) is left to ``drop_pages_of``, and another thread goes
+        on behind it.
+        """
+        alone: list[asyncio.Task[None]] = []
+        begin = 0
+        while begin < len(nodes):
+            sweep = _Sweep(nodes, begin)
+            work = asyncio.ensure_future(self._in_thread(self._drop_swept, sweep))
+            while True:
+                before = sweep.at
+                ended, _ = await asyncio.wait({work}, timeout=_STUCK_S)
+                at = sweep.at
+                for node in nodes[begin:at]:
+                    node.pages_dropped()
+                begin = at
+                if ended or at == before:
+                    break
+            if ended and work.exception() is None:
+                break
+            # Stuck, or the kernel could not: that one again, by itself, which tells what is the matter.
+            sweep.stopped = True
+            work.add_done_callback(_seen)
+            alone.append(asyncio.ensure_future(self.drop_pages_of(nodes[begin])))
+            begin += 1
+        await asyncio.gather(*alone)
+
+    def _drop_swept(self, sweep: "_Sweep") -> None:
+        while sweep.at < len(sweep.nodes) and not sweep.stopped:
+            self._invalidate_ranges(sweep.nodes[sweep.at].fid.ino, [(0, 0)])
+            sweep.at += 1
 
     def drop_attributes(self, inos: list[int]) -> asyncio.Future[None]:
         """Drop every directory entry and the attributes of these inodes."""
@@ -395,7 +443,24 @@ class LockClient:
                 _check(self.kernel.inval_pages(self._nodeid_of(ino), offset, length))
 
 
-async def _nothing_before(node: Node, target: LockMode) -> None:
+class _Sweep:
+    """How far a thread has come that drops the pages of many files."""
+
+    __slots__ = ("at", "nodes", "stopped")
+
+    def __init__(self, nodes: Sequence[Node], at: int) -> None:
+        self.nodes = nodes
+        self.at = at
+        self.stopped = False
+
+
+def _seen(work: asyncio.Future[None]) -> None:
+    """Its error is told by whoever does that again."""
+    if not work.cancelled():
+        work.exception()
+
+
+async def _nothing(*_about: object) -> None:
     pass
 
 

@@ -15,10 +15,12 @@ home, if it is known not to have happened or does no harm twice:
 
 import asyncio
 import errno
+from collections.abc import Sequence
 from pathlib import Path
 
 import structlog
 
+from mxfs_fuse.nodes import Node
 from mxfs_fuse.state import State, is_down
 from mxfsd import rundir
 from mxfsd.io.lower import Lower
@@ -59,16 +61,23 @@ class LowerEnd:
         self._heartbeat = heartbeat
         self._limit_s = limit_s
 
-    async def leave(self) -> None:
-        """Close everything below, then note what was lost. The gate is closed: nothing new begins."""
+    async def leave(self, pinned: Sequence[Node] = ()) -> None:
+        """Close everything below, then note what was lost. The gate is closed: nothing new begins.
+
+        *pinned*: what the kernel wrote by itself, behind a flush of ours too: only the other process's word is good.
+        """
         state = self._state
         lower = state.lower
         if lower is None:
             return
         kept = await self._flush(lower)
         await state.leave_lower()
-        kept = kept or await self._was_flushed()
-        lost = state.lower_ended(kept)
+        word = (not kept or bool(pinned)) and await self._was_flushed()
+        lost = state.lower_ended(kept or word)
+        if not word:
+            lost += len(pinned)
+            for node in pinned:
+                node.behind_error = errno.EIO
         if lost:
             log.error("the lower mount ended without a flush: unsynced changes are lost", inodes=lost)
 

@@ -20,6 +20,7 @@ from mxfs_fuse.loss import LowerEnd
 from mxfs_fuse.nextdaemon import NextDaemon
 from mxfs_fuse.nodes import Node
 from mxfs_fuse.operations import Operations
+from mxfs_fuse.passthrough import leases_enabled
 from mxfs_fuse.state import State
 from mxfs_proto.errors import IoFailure, MxfsError, PeerError
 from mxfs_proto.filelocks import pack_tables
@@ -40,10 +41,12 @@ from mxfs_proto.records import (
 from mxfsd import log as logging
 from mxfsd import rundir
 from mxfsd.core.epochs import first_seq
+from mxfsd.io import libc
 from mxfsd.io.cachelist import CacheList
 from mxfsd.io.clock import now_ms
 from mxfsd.io.lower import Lower
 from mxfsd.io.netlink import NetlinkEndpoint
+from mxfsd.io.stream import FrameConnection
 from mxfsd.io.unixconn import UnixFrameConnection, connect_unix
 
 log = structlog.get_logger(__name__)
@@ -53,6 +56,7 @@ _CONNECT_TRIES = 200
 _CONNECT_S = 0.02
 _COMMIT_S = 10.0
 _DROP_MS = 500
+_HELD_NAMED = 8
 
 
 class Resume(NamedTuple):
@@ -62,6 +66,8 @@ class Resume(NamedTuple):
     implicit: bool
     mount_fd: int
     recorded: list[int]
+    direct: asyncio.Task[FrameConnection | None] | None
+    """Our own connection to the home on another node, on its way; its result None: there is none."""
 
 
 class Server:
@@ -70,6 +76,7 @@ class Server:
     def __init__(self, args: argparse.Namespace) -> None:
         self._args = args
         self._channel = channel.make(args.channel)
+        self._channel.wants_passthrough = args.passthrough
         self._volume = uuid.UUID(args.volume)
         self._conn: UnixFrameConnection | None = None
         self._run_dir = Path(args.socket).parent
@@ -168,13 +175,13 @@ class Server:
             self.state.kernel = self.state.locks.kernel = kernel
             loop = asyncio.get_running_loop()
             main = loop.create_task(self._channel.serve())
-            await self._answers(main)
-            set_readahead(self._args.mountpoint)
-            # In a thread, as it asks the mount that this one serves.
-            mount = await loop.run_in_executor(None, os.stat, self._args.mountpoint)
+            ticks = loop.create_task(self._ticks())
+            st_dev = await self._answers(main)
+            self._begin_passthrough()
+            set_readahead(st_dev)
             if self._channel.limits_background:
-                unlimit_background(mount.st_dev)
-            self._handed = [device, self._listed.fd, open_abort(mount.st_dev)]
+                unlimit_background(st_dev)
+            self._handed = [device, self._listed.fd, open_abort(st_dev)]
             if self._conn is not None:
                 self._conn.send(FrameType.FUSE_READY, [pack_json({"pid": os.getpid()})], fds=self._handed)
             log.info(
@@ -184,7 +191,6 @@ class Server:
                 entry_epochs=kernel.has_epoch,
             )
             self._serving = True
-            ticks = loop.create_task(self._ticks())
             if self._conn is None:
                 self._daemon_gone()
             await main
@@ -192,8 +198,22 @@ class Server:
             ticks.cancel()
             if self._reattaching is not None:
                 self._reattaching.cancel()
+            if self._outage is not None and self._conn is None:
+                self._outage.abandon()
         finally:
+            self.operations.io.passthrough.close()
             self._channel.close()
+
+    def _begin_passthrough(self) -> None:
+        """Let the kernel read and write files by itself, where that was asked for and can be."""
+        assert self.operations is not None
+        if not self._args.passthrough:
+            return
+        if not self._channel.has_passthrough or not leases_enabled():
+            log.warning("no passthrough on this host", kernel=self._channel.has_passthrough, leases=leases_enabled())
+            return
+        signal.signal(signal.SIGIO, signal.SIG_IGN)  # what the kernel sends to whoever has a lease
+        self.operations.io.passthrough.backing = self._channel
 
     async def _commit(self) -> None:
         """Unmounted: what was written here is durable then, as on any file system."""
@@ -212,16 +232,21 @@ class Server:
         while True:
             await asyncio.sleep(1)
             self.state.locks.tick()
+            if self.operations is not None:
+                self.operations.io.passthrough.tick()
             self._dropped()
             self._channel.name_long_waits()
 
-    async def _answers(self, serving: asyncio.Task[None]) -> None:
-        """Return when the mount answers: a stat of its root through the kernel, from a thread. Raises OSError."""
+    async def _answers(self, serving: asyncio.Task[None]) -> int:
+        """Return the mount's st_dev when it answers: a stat of its root through the kernel. Raises OSError.
+
+        The one time that we ask our own mount for something, and from a thread: this one has to answer.
+        """
         answer = asyncio.get_running_loop().run_in_executor(None, os.stat, self._args.mountpoint)
         await asyncio.wait((answer, serving), return_when=asyncio.FIRST_COMPLETED)
         if not answer.done():
             raise OSError(errno.EPROTO, "the kernel and the FUSE layer do not agree: mount with channel=pyfuse3")
-        await answer
+        return (await answer).st_dev
 
     def terminate(self) -> None:
         """End as if unmounted."""
@@ -266,6 +291,8 @@ class Server:
             resume = self._resumes.popleft()
             if resume.mount_fd >= 0:
                 os.close(resume.mount_fd)
+            if resume.direct is not None:
+                resume.direct.add_done_callback(_abort)
         self._drop_kernel_caches()
         if self._outage is None:
             self._outage = NextDaemon(self._restart, self._restart_ms, now_ms())
@@ -276,8 +303,7 @@ class Server:
         state = self.state
         assert state is not None and self.operations is not None
         outage.step(now_ms(), connected=False)  # it starts while we close things
-        self.operations.io.close_lower()
-        await LowerEnd(state, self._run_dir, self._heartbeat, self._restart_ms / 1000).leave()
+        await self._lower_ends()
         while not state.dead and outage.step(now_ms(), connected=False):
             if not self._dial():
                 await asyncio.sleep(_CONNECT_S)
@@ -296,6 +322,7 @@ class Server:
                 self._welcomed(fields)
                 return
         if not state.dead:
+            outage.abandon()
             self._give_up(f"no daemon came within {self._restart_ms} ms")
 
     def _give_up(self, reason: str) -> None:
@@ -317,9 +344,19 @@ class Server:
         state = self.state
         assert state is not None and self.operations is not None
         self._freeze()
-        self.operations.io.close_lower()
-        await LowerEnd(state, self._run_dir, self._heartbeat, self._restart_ms / 1000).leave()
+        await self._lower_ends()
         self._give_up(reason)
+
+    async def _lower_ends(self) -> None:
+        """The lower mount is not left in good order, but shut down under us."""
+        assert self.state is not None and self.operations is not None
+        passthrough = self.operations.io.passthrough
+        self.operations.io.close_lower()
+        end = LowerEnd(self.state, self._run_dir, self._heartbeat, self._restart_ms / 1000)
+        await end.leave(passthrough.pinned())
+        left = passthrough.lower_gone()
+        if left:
+            log.error("files open for passthrough have lost their lower mount", inodes=left[:8], count=len(left))
 
     def _lower_is_down(self) -> None:
         """The lower mount was shut down under us: the daemon cannot go on with it."""
@@ -331,7 +368,7 @@ class Server:
         state = self.state
         assert state is not None
         self._lapsed = True
-        self._drops = [self._drop(node) for node in state.nodes.values() if state.locks.may_be_readable(node)]
+        self._drop_pages([node for node in state.nodes.values() if state.locks.may_be_readable(node)])
         for node in state.nodes.values():
             node.forget_cached()
         self._drops.append(state.locks.drop_attributes(list(state.nodes)))
@@ -356,9 +393,9 @@ class Server:
             fields = unpack_json(frame.payload)
             implicit = bool(fields["implicit"])
             mount_fd = self._conn.take_fds(1)[0] if implicit else -1
-            self._resumes.append(Resume(int(fields["epoch"]), implicit, mount_fd, self._recorded))
-            if self._held_back is not None:
-                self._go_on()
+            direct = self._connect_home(fields["direct"]) if fields["direct"] else None
+            self._resumes.append(Resume(int(fields["epoch"]), implicit, mount_fd, self._recorded, direct))
+            self._maybe_go_on()
         elif frame.type is FrameType.SYNC:
             self._syncing = asyncio.get_running_loop().create_task(self._sync(int(unpack_json(frame.payload)["id"])))
         elif frame.type is FrameType.FREEZE:
@@ -395,8 +432,7 @@ class Server:
         elif isinstance(record, RecoveryDone):
             # Each RECOVERY_DONE (netlink) has its RESUME (socket); the two may come in any order.
             self._held_back = []
-            if self._resumes:
-                self._go_on()
+            self._maybe_go_on()
         elif isinstance(record, DaemonReady):
             log.debug("daemon ready", daemon_pid=record.daemon_pid)
 
@@ -426,17 +462,21 @@ class Server:
             state.close_gate()
         readable = [node for node in state.nodes.values() if state.locks.may_be_readable(node)]
         state.locks.cache.drop_all()
-        self._drops = [self._drop(node) for node in readable]
+        self._drop_pages(readable)
         for node in state.nodes.values():
             node.forget_cached()
         if state.kernel is not None and state.kernel.has_epoch:
             state.kernel.inc_epoch()
         self._when_dropped()
 
-    def _drop(self, node: Node) -> asyncio.Future[None]:
+    def _drop_pages(self, nodes: list[Node]) -> None:
+        """Begin to drop their pages; files with upcalls under way each by themselves, since they may take long."""
         assert self.state is not None
-        work = self.state.locks.drop_pages_of(node)
-        return asyncio.get_running_loop().create_task(work, name=f"inode {node.fid.ino}")
+        locks, loop = self.state.locks, asyncio.get_running_loop()
+        busy = [node for node in nodes if node.in_flight or node.serving]
+        idle = [node for node in nodes if not node.in_flight and not node.serving]
+        self._drops = [loop.create_task(locks.drop_pages_of(node), name=f"inode {node.fid.ino}") for node in busy]
+        self._drops.append(loop.create_task(locks.drop_pages_of_many(idle), name=f"{len(idle)} inodes"))
 
     def _when_dropped(self) -> None:
         """Say so, and perhaps go on, when each of the drops under way has ended."""
@@ -485,10 +525,12 @@ class Server:
         state = self.state
         assert state is not None and self.operations is not None
         self._freeze()
-        self.operations.io.close_lower()
-        await state.leave_lower()
+        held = self.operations.io.passthrough.held()
+        if not held:
+            self.operations.io.close_lower()
+            await state.leave_lower()
         if self._conn is not None:
-            self._conn.send(FrameType.FREEZE, [pack_json({})])
+            self._conn.send(FrameType.FREEZE, [pack_json({"held": held[:_HELD_NAMED], "count": len(held)})])
 
     def _reclaim(self, epoch: int, number: int) -> None:
         """Every message of the old home has come: say what this node holds and has open. *number*: of the question."""
@@ -509,20 +551,61 @@ class Server:
             self._conn.send(FrameType.RECLAIM_LOCKS, [payload], epoch, seq=number)
         self._conn.send(FrameType.RECLAIM_DONE, [pack_json({"rows": len(rows)})], epoch, state.link.session, number)
 
+    def _connect_home(self, fields: dict[str, Any]) -> asyncio.Task[FrameConnection | None]:
+        """Connect to the home by ourselves, for operations."""
+        from mxfs_fuse.direct import connect_home  # TLS: the home's own FUSE layer does without
+
+        async def connect() -> FrameConnection | None:
+            try:
+                return await connect_home(fields, self._home_frame, self._home_lost)
+            except (MxfsError, OSError) as exc:  # TimeoutError is one
+                log.info("operations go through the daemon", reason=str(exc) or "the home does not answer in time")
+                return None
+
+        return asyncio.get_running_loop().create_task(connect())
+
+    def _home_frame(self, conn: FrameConnection, frame: Frame) -> None:
+        assert self.state is not None
+        if frame.type is FrameType.OP_REPLY and self.state.link.is_direct(conn):
+            self.state.link.on_reply(frame)
+
+    def _home_lost(self, conn: FrameConnection, error: MxfsError | None) -> None:
+        """Our own connection to the home is gone: the daemon makes both anew, and asks what we hold."""
+        assert self.state is not None
+        if not self.state.link.is_direct(conn):
+            return
+        reason = str(error) if error is not None else "closed by the home"
+        self._freeze()
+        if self._conn is not None:
+            self._conn.send(FrameType.FREEZE, [pack_json({"cut": reason})])
+
+    def _maybe_go_on(self) -> None:
+        """Go on when both halves of a resumption are here, and our own way to the home is made, or given up."""
+        if self._held_back is None or not self._resumes:
+            return
+        direct = self._resumes[0].direct
+        if direct is None or direct.done():
+            self._go_on()
+        else:
+            direct.add_done_callback(lambda _done: self._maybe_go_on())
+
     def _go_on(self) -> None:
         """Both halves of a resumption are here."""
         state = self.state
         assert state is not None
         resume = self._resumes.popleft()
-        if resume.implicit:
+        if resume.implicit and state.lower is None:
             state.lower = Lower(resume.mount_fd)
+        elif resume.implicit:
+            os.close(resume.mount_fd)  # it is the same: it was not left
         state.locks.cache.new_epoch(first_seq(resume.epoch))
         state.locks.cache.set_implicit(resume.implicit, resume.recorded)
         if resume.implicit:
             for node in state.nodes.values():
                 node.forget_cached()
         logging.context.epoch = resume.epoch
-        state.link.resume(resume.epoch)
+        direct = resume.direct.result() if resume.direct is not None else None
+        state.link.resume(resume.epoch, direct)
         state.locks.resume()
         held_back, self._held_back = self._held_back or [], None
         while held_back:
@@ -538,6 +621,15 @@ class Server:
             state.open_gate()
         assert self.operations is not None
         self.operations.file_locks.resumed()
+        if direct is not None and direct.closed:
+            self._home_lost(direct, None)  # nobody used it yet when it was lost
+
+
+def _abort(connecting: asyncio.Task[FrameConnection | None]) -> None:
+    """End a connection that nobody needs any more."""
+    conn = connecting.result() if not connecting.cancelled() else None
+    if conn is not None:
+        conn.abort()
 
 
 def _is_over(work: asyncio.Future[None]) -> bool:
@@ -545,9 +637,11 @@ def _is_over(work: asyncio.Future[None]) -> bool:
     return work.done() and not work.cancelled() and work.exception() is None
 
 
-def set_readahead(mountpoint: str) -> None:
-    """Let the kernel read ahead in requests of 1 MiB: at 128 KiB, its default, a node waits for the home too often."""
-    device = os.stat(mountpoint).st_dev
+def set_readahead(device: int) -> None:
+    """Let the kernel read ahead in requests of 1 MiB: at 128 KiB, its default, a node waits for the home too often.
+
+    *device*: the mount's st_dev.
+    """
     try:
         with open(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb", "w", encoding="ascii") as file:
             file.write("1024")
@@ -582,9 +676,11 @@ def main() -> int:
     parser.add_argument("--options", default="")
     parser.add_argument("--channel", default="native", choices=channel.NAMES)
     parser.add_argument("--local-locks", action="store_true")
+    parser.add_argument("--passthrough", action="store_true")
     parser.add_argument("--log", default="info")
     args = parser.parse_args()
     logging.configure(level=args.log)
+    libc.keep_freed_memory()
     return asyncio.run(_run(args))
 
 

@@ -3,8 +3,10 @@
 Where systemd starts daemons the command line is empty, and there is only the time to watch.
 """
 
+import os
 import subprocess
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Protocol
 
 import structlog
@@ -13,6 +15,7 @@ log = structlog.get_logger(__name__)
 
 _FIRST_WAIT_MS = 50
 _LONGEST_WAIT_MS = 2000
+_KILLED_S = 1.0
 
 
 class Child(Protocol):
@@ -23,10 +26,17 @@ class Child(Protocol):
     def poll(self) -> int | None:
         """Return its exit status, None while it runs."""
 
+    def kill(self) -> None:
+        """Send it SIGKILL."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for its end, up to *timeout* seconds. Raises subprocess.TimeoutExpired."""
+
 
 def launch(command: Sequence[str]) -> Child:
-    """Start a daemon that outlives this process; it writes to the same log. Raises OSError."""
-    return subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+    """Start a daemon that outlives this process and goes on with no other; it has the same log. Raises OSError."""
+    words = [*command, "--fuse-pid", str(os.getpid())]
+    return subprocess.Popen(words, stdin=subprocess.DEVNULL, start_new_session=True)
 
 
 class NextDaemon:
@@ -66,6 +76,18 @@ class NextDaemon:
         if self._child is None and self._command and now_ms >= self._due_ms:
             self._launch(now_ms)
         return True
+
+    def abandon(self) -> None:
+        """Nobody waits for a daemon any more: end one that is on its way and has not connected.
+
+        It claims nothing before it is connected, and it must not meet the next mount in the run directory.
+        """
+        child, self._child = self._child, None
+        if child is not None and child.poll() is None:
+            log.info("the daemon on its way is ended", daemon_pid=child.pid)
+            child.kill()
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(_KILLED_S)
 
     def _launch(self, now_ms: int) -> None:
         try:

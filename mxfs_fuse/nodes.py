@@ -3,11 +3,14 @@
 import asyncio
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import ClassVar, TypeAlias
+from typing import TYPE_CHECKING, ClassVar, TypeAlias
 
 from mxfs_proto.modes import LockMode
 from mxfs_proto.ops import Attr, Fid, pack_attr, unpack_attr
 from mxfsd.io.cachelist import CacheList
+
+if TYPE_CHECKING:
+    from mxfs_fuse.passthrough import PassthroughFile
 
 Names: TypeAlias = dict[bytes, Fid | None]
 """Directory entries by name; None is a name that is known not to be there."""
@@ -93,7 +96,6 @@ class Node:
     """WRITEs answered to the application that the home has not confirmed yet (only under EX)."""
     behind_error = 0
     """errno of one that failed, for the next write, fsync or close."""
-    settled: asyncio.Event | None = None
     end = 0
     """Size of the file in bytes, where ``end_seq`` is the sequence of the EX lock that is held."""
     end_seq = -1
@@ -110,6 +112,12 @@ class Node:
     _serving: dict[int, Span] | None = None
     _left_out = _NONE_LATE
     revocation: Revocation | None = None
+    unnamed = False
+    """Made with O_TMPFILE, and not linked anywhere since: it may have a name, unlike what has lost its last one."""
+    pinned = False
+    """The kernel may write it by itself, and nobody hears of it (mxfs_fuse/passthrough.py)."""
+    pin_told = False
+    """What the master was told of that last."""
     removing: asyncio.Future[None] | None = None
     """Its last name may be going away just now: opens wait."""
 
@@ -229,6 +237,11 @@ class Node:
         """Pages were dropped just now."""
         self.first_write = True
 
+    def pages_dropped(self) -> None:
+        """All its pages were dropped just now: none is left that a READ since then has filled."""
+        self.expect_old_write()
+        self.refilled = False
+
     def forget_cached(self) -> None:
         """Drop what was read under a lock that is no longer held."""
         self.attr = None
@@ -238,18 +251,11 @@ class Node:
             self.misses = 0
             self.no_capability_seq = -1
 
-    async def settle(self) -> None:
-        """Wait until the home has confirmed every WRITE."""
-        while self.behind:
-            if self.settled is None:
-                self.settled = asyncio.Event()
-            await self.settled.wait()
-
 
 class Handle:
     """An open regular file."""
 
-    __slots__ = ("append", "direct", "fd", "flags", "ino", "node", "privileged", "writable")
+    __slots__ = ("append", "direct", "fd", "flags", "free", "ino", "node", "passthrough", "privileged", "writable")
 
     def __init__(self, node: Node, flags: int, writable: bool, append: bool, direct: bool, *, privileged: bool) -> None:
         self.node = node
@@ -261,6 +267,9 @@ class Handle:
         self.privileged = privileged
         """Its writes leave set-id bits alone: as the last WRITE upcall said, or, where these say nothing, as who opened
         it may (root)."""
+        self.passthrough: PassthroughFile | None = None
+        """The kernel maps it by itself, and with ``free`` reads and writes it too (mxfs_fuse/passthrough.py)."""
+        self.free = False
         self.fd = -1
         """Descriptor of the lower file, on the home; -1: not opened yet, or not the home."""
 

@@ -23,13 +23,13 @@ from mxfs_fuse.fileio import FileIO
 from mxfs_fuse.filelocks import FileLock, FileLocks, held_of
 from mxfs_fuse.link import OperationError
 from mxfs_fuse.loss import may_be_redone
-from mxfs_fuse.nodes import DirHandle, Handle, Node
+from mxfs_fuse.nodes import DirHandle, Node
 from mxfs_fuse.ranges import Ranges
 from mxfs_fuse.state import State, is_down
 from mxfs_proto.errors import MxfsError
 from mxfs_proto.filelocks import Held
 from mxfs_proto.ops import NO_FID, Attr, Entry, Fid, Grant, Op, Valid, unpack_attr, unpack_entries
-from mxfsd.io.lower import Lower
+from mxfsd.io.lower import Lower, errno_of
 
 log = structlog.get_logger(__name__)
 
@@ -59,12 +59,12 @@ def _errno_boundary(operation: Callable[_P, Coroutine[Any, Any, _T]]) -> Callabl
                     return await operation(*args, **kwargs)
                 except OSError as exc:
                     # A lower mount that is shut down under its home fails everything: that is no answer.
-                    if name == "release" or not await may_be_redone(state, lower, exc.errno or 0, name):
+                    if name == "release" or not await may_be_redone(state, lower, errno_of(exc), name):
                         raise
             except FUSEError:
                 raise
             except (OSError, MxfsError) as exc:
-                raise FUSEError(exc.errno or errno.EIO) from None
+                raise FUSEError(errno_of(exc)) from None
             except Exception:
                 # pyfuse3 would drop the request and its application would hang: a fault of ours is an error of that.
                 log.exception("an operation failed", operation=name)
@@ -122,7 +122,7 @@ class Operations(pyfuse3.Operations):
             node.privileged = True
         ttl = state.ttl()
         # A just-looked-up inode may not exist in the kernel yet, where an invalidation would miss it (nodes.Node).
-        attr_ttl = ttl if node.confirmed and state.may_read(attr[0]) else 0.0
+        attr_ttl = ttl if node.confirmed and not node.pinned and state.may_read(attr[0]) else 0.0
         return self._entry(attr, attr_ttl, state.entry_ttl(ttl, parent.fid.ino))
 
     # -- looking ---------------------------------------------------------------------------------------------------
@@ -208,7 +208,7 @@ class Operations(pyfuse3.Operations):
             if exc.errno != errno.ESTALE:
                 raise
             attr, held = self._removed_dir(node), False
-        return self._entry(attr, state.ttl() if held else 0.0, 0.0)
+        return self._entry(attr, state.ttl() if held and not node.pinned else 0.0, 0.0)
 
     def _removed_dir(self, node: Node) -> Attr:
         """Attributes of a directory that another node removed while it is open here; ESTALE where it is not open."""
@@ -319,7 +319,7 @@ class Operations(pyfuse3.Operations):
             attr.st_mtime_ns if fields.update_mtime else 0,
         )
         new = await self._setattr(node, values)
-        return self._entry(new, state.ttl() if state.may_read(node.fid.ino) else 0.0, 0.0)
+        return self._entry(new, state.ttl() if state.may_read(node.fid.ino) and not node.pinned else 0.0, 0.0)
 
     async def _setattr(self, node: Node, values: tuple[int, ...]) -> Attr:
         state = self.state
@@ -495,7 +495,13 @@ class Operations(pyfuse3.Operations):
         parent = state.node(new_parent_inode)
         if state.gate is not None:
             await state.pass_gate()
-        if state.lower is not None and state.may_change(parent.fid.ino) and state.may_change(node.fid.ino):
+        unnamed = node.unnamed  # the daemon of the home, which knows what stands among the orphans, takes it from there
+        if (
+            state.lower is not None
+            and not unnamed
+            and state.may_change(parent.fid.ino)
+            and state.may_change(node.fid.ino)
+        ):
             state.check_writable()
             attr = state.lower.link(node.fid, parent.fid, new_name)
             state.changed(parent.fid.ino, node.fid.ino)
@@ -503,8 +509,13 @@ class Operations(pyfuse3.Operations):
         state.own_change(node, parent)
         changes = parent.changes
         grants, (attr, after) = await state.link.ship(
-            Op.LINK, ctx.uid, ctx.gid, (*node.fid, *parent.fid, new_name), want_lock=True
+            Op.LINK_UNNAMED if unnamed else Op.LINK,
+            ctx.uid,
+            ctx.gid,
+            (*node.fid, *parent.fid, new_name),
+            want_lock=True,
         )
+        node.unnamed = False
         self.state.own_change(node)
         self._dir_changed(parent, changes, after, grants)
         return self._shipped_new(parent, new_name, attr, grants)
@@ -545,6 +556,39 @@ class Operations(pyfuse3.Operations):
             if existed:
                 return await self.io.open(node, flags, ctx.uid), entry
             return await self.io.open_new(node, flags, -1, ctx.uid), entry
+
+    @_errno_boundary
+    async def tmpfile(
+        self, parent_inode: InodeT, mode: int, flags: int, ctx: RequestContext
+    ) -> tuple[FileInfo, EntryAttributes]:
+        """open(2) with O_TMPFILE: an open file that has no name (yet)."""
+        state = self.state
+        parent = state.node(parent_inode)
+        while True:
+            if state.gate is not None:
+                await state.pass_gate()
+            fd = -1
+            if state.lower is not None and state.may_read(parent.fid.ino):
+                state.check_writable()
+                fd, attr = state.lower.tmpfile(parent.fid, mode, ctx.uid, ctx.gid)
+                state.changed(attr.ino)
+                grants: list[Grant] = []
+            else:
+                grants, (attr,) = await state.link.ship(
+                    Op.TMPFILE, ctx.uid, ctx.gid, (*parent.fid, mode), want_lock=True
+                )
+            entry = self._looked_up(attr, parent)
+            node = state.known(Fid(attr.ino, attr.gen))
+            node.unnamed = True
+            state.remember_attr(node, attr, grants, node.changes)
+            try:
+                return await self.io.open_new(node, flags, fd, ctx.uid), entry
+            except OSError as exc:
+                node.nlookup -= 1
+                state.forget(node)
+                if exc.errno != errno.ESTALE:
+                    raise
+                # A home that did not know that it is, or is about to be, open here has freed it: make another one.
 
     # -- removing and renaming -------------------------------------------------------------------------------------
 
@@ -757,8 +801,8 @@ class Operations(pyfuse3.Operations):
             else:
                 attr, held = self._listed_attr(attr)
             known = state.nodes.get(attr.ino)
-            confirmed = known is not None and known.confirmed
-            entry = self._entry(attr, ttl if held and confirmed else 0.0, entry_ttl)
+            keeps = held and known is not None and known.confirmed and not known.pinned
+            entry = self._entry(attr, ttl if keeps else 0.0, entry_ttl)
             if not self._replies.add(token, name, entry, index + 1):
                 return
             named = node.names.get(name) if node.names is not None else None
@@ -916,5 +960,4 @@ class Operations(pyfuse3.Operations):
 
     @_errno_boundary
     async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
-        handle: Handle = self.io.handles[fh]
-        await self.io.fsync_node(handle.node)
+        await self.io.fsync(self.io.handles[fh])

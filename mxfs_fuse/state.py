@@ -4,7 +4,8 @@ import asyncio
 import errno
 import functools
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any
 
 from mxfs_fuse.callers import LOOK_S, caller, is_dying
 from mxfs_fuse.kernel import KernelNotifier
@@ -288,9 +289,9 @@ class State:
     def _sync_of(self, ino: int) -> Callable[[], None] | None:
         """What makes local changes of *ino* durable, to be run in a thread; None where there are none."""
         lower = self.lower
-        if lower is None or ino not in self._dirty:
-            return None
         node = self.nodes.get(ino)
+        if lower is None or (ino not in self._dirty and not (node is not None and node.pinned)):
+            return None
         self._dirty.discard(ino)
 
         def sync() -> None:
@@ -370,6 +371,17 @@ class State:
         if lower is not None:
             lower.close()
 
+    @staticmethod
+    def later(seconds: float, work: Callable[[], None]) -> None:
+        """Call *work* after a while."""
+        asyncio.get_running_loop().call_later(seconds, work)
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run a coroutine that raises nothing, in the background."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
     # -- in the background -----------------------------------------------------------------------------------------
 
     def reap(self, fid: Fid) -> None:
@@ -381,6 +393,4 @@ class State:
             except OSError:
                 pass  # the next home looks through the orphans anyway
 
-        task = asyncio.get_running_loop().create_task(run())
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
+        self.spawn(run())

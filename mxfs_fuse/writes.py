@@ -36,6 +36,8 @@ _BEHIND_MAX = 32 << 20
 _SMALL = 16 << 10
 _BATCH = 32
 """WRITEs of at most so many bytes go together, at most so many at once."""
+_GATHER_S = 0.002
+"""So long a batch grows while nothing is under way: one at a time, each would cost the home an operation of its own."""
 _COMMIT_AGE_MS = 4000
 """Data of this age is committed."""
 _COMMIT_BYTES = 32 << 20
@@ -59,8 +61,8 @@ class ShippedWrites:
         self._behind_bytes = 0
         self._batched: dict[Fid, Node] = {}
         self._sending_batches = False
-        self._flying: dict[int, asyncio.Future[Any]] = {}
-        """Results of WRITEs that are not answered, by serial."""
+        self._flying: dict[Fid, dict[int, asyncio.Future[Any]]] = {}
+        """Results of WRITEs that are not answered, by file and serial."""
         self._commits: dict[Fid, asyncio.Task[None]] = {}
         self._sync: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -71,6 +73,7 @@ class ShippedWrites:
         """Epoch of the home that has everything that was answered."""
         state.link.before_send = self._send_batches
         state.link.before_resume = self._resume
+        state.locks.settle = self.settle
         state.locks.before_release = self._before_release
         state.locks.holds_data = self.dirty
         state.locks.claim_denied = self._claim_denied
@@ -105,7 +108,7 @@ class ShippedWrites:
                 break
             await self.commit(node)  # else a replay would undo this one
         state.own_change(node)
-        flags |= WriteFlag.STABLE | (WriteFlag.APPEND if append else 0)
+        flags |= WriteFlag.STABLE | (WriteFlag.APPEND if append else 0) | (WriteFlag.BESIDE if node.pinned else 0)
         _, (placed, done) = await state.link.start(Op.WRITE, 0, 0, (*node.fid, off, flags, buf))
         state.own_change(node)
         self._grew(node, placed + done)
@@ -180,7 +183,7 @@ class ShippedWrites:
         self._send_batches()
         sent = self.kept.sent(now_ms(), node.fid, flags, pieces)
         future = _request(self.state, sent.fid, flags, pieces)
-        self._flying[sent.serial] = future
+        self._flying.setdefault(sent.fid, {})[sent.serial] = future
         future.add_done_callback(functools.partial(self._answered, node, sent, len(pieces), sent.size, behind))
         return future
 
@@ -200,10 +203,21 @@ class ShippedWrites:
         pieces, node.batch = node.batch, None
         self._send(node, node.batch_flags, pieces or (), behind=True)
 
+    def _send_gathered(self, node: Node) -> None:
+        """Send a batch that has had its time to grow; while something is under way it has until that is answered.
+
+        Its writers have their answers, and whoever needs the home to have the data sends it at once (settle()).
+        """
+        if node.batch and node.behind == len(node.batch):
+            self._send_batch(node)
+
     def _answered(
         self, node: Node, sent: Sent, count: int, size: int, behind: bool, future: asyncio.Future[Any]
     ) -> None:
-        self._flying.pop(sent.serial, None)
+        flying = self._flying[sent.fid]
+        del flying[sent.serial]
+        if not flying:
+            del self._flying[sent.fid]
         node.behind -= count
         self.state.own_change(node)
         error = future.exception()
@@ -221,10 +235,7 @@ class ShippedWrites:
             if code:
                 node.behind_error = code
         if node.batch and node.behind == len(node.batch):
-            self._send_batch(node)
-        if not node.behind and node.settled is not None:
-            node.settled.set()
-            node.settled = None
+            asyncio.get_running_loop().call_later(_GATHER_S, self._send_gathered, node)
         self._look_after()
 
     # -- errors ----------------------------------------------------------------------------------------------------
@@ -255,11 +266,9 @@ class ShippedWrites:
             node.behind -= len(node.batch)
             self._behind_bytes -= sum(len(data) for _, data in node.batch)
             node.batch = None
-            if not node.behind and node.settled is not None:
-                node.settled.set()
-                node.settled = None
+        flying = self._flying.get(fid, {})
         for sent in unanswered:
-            future = self._flying.get(sent.serial)
+            future = flying.get(sent.serial)
             if future is not None and not future.done():
                 future.set_exception(OSError(code, os.strerror(code)))
         if answered or node is not None:
@@ -275,10 +284,10 @@ class ShippedWrites:
     # -- committing ------------------------------------------------------------------------------------------------
 
     async def settle(self, node: Node) -> None:
-        """Wait until the home has confirmed every WRITE to it."""
+        """Wait until the home has answered every WRITE to it that came before this; writers may go on meanwhile."""
         if node.behind:
             self._send_batches()
-            await node.settle()
+            await asyncio.wait(self._flying[node.fid].values())
 
     async def commit(self, node: Node) -> None:
         """Make everything written to it durable. What fails is told at the next write, fsync or close."""
@@ -464,7 +473,7 @@ class ShippedWrites:
 
     def _settled_by_replay(self, sent: Sent) -> None:
         """Where nobody had answered it yet, this is the answer."""
-        future = self._flying.get(sent.serial)
+        future = self._flying.get(sent.fid, {}).get(sent.serial)
         if future is not None and not future.done():
             future.set_result(([], [sent.size]))
 

@@ -12,8 +12,11 @@ from mxfs_proto.errors import IoFailure
 from mxfsd.io.lockspace import Lockspace
 
 
-def volume_of(device: str) -> bytes:
-    """Return the uuid of the volume on *device*. Raises MediaError (ForeignRecord: none is there), IoFailure."""
+def volume_of(device: str, pr_device: str | None = None) -> bytes:
+    """Return the uuid of the volume on *device*. Raises MediaError (ForeignRecord: none is there), IoFailure.
+
+    *pr_device*: where its reservations are, if not there.
+    """
     try:
         return _read(device)
     except IoFailure as error:
@@ -21,7 +24,7 @@ def volume_of(device: str) -> bytes:
         # again: it was fenced, and what it had under way would pass.
         if error.errno != errno.EBADE or not unused(device):
             raise
-    return _read_registered(device)
+    return _read_registered(device, pr_device or device)
 
 
 def unused(device: str) -> bool:
@@ -42,12 +45,12 @@ def _read(device: str) -> bytes:
         lockspace.close()
 
 
-def _read_registered(device: str) -> bytes:
+def _read_registered(device: str, pr_device: str) -> bytes:
     # Only a mount that was refused needs these, and each import makes a mount slower.
     from mxfsd.pr.keys import PREFIX, RANDOM_BITS
     from mxfsd.pr.probe import open_reservations
 
-    probe = open_reservations(device)
+    probe = open_reservations(pr_device)
     if probe.reservations is None:
         raise IoFailure(f"{device} is reserved by another host, and {probe.reason}", errno.EBADE)
     reservations = probe.reservations

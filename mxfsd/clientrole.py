@@ -17,12 +17,12 @@ from mxfs_proto.frames import (
     unpack_lease_ack,
     unpack_lock,
 )
-from mxfs_proto.ondisk import LeaseRecord, LeaseState
+from mxfs_proto.ondisk import Address, LeaseRecord, LeaseState
 from mxfs_proto.records import LockRecord
 from mxfsd import greeting
 from mxfsd import log as logging
-from mxfsd.io.certs import PeerIdentity
 from mxfsd.io.clock import now_ms
+from mxfsd.io.identity import PeerIdentity
 from mxfsd.io.peers import PeerConnection, connect_peer
 
 if TYPE_CHECKING:
@@ -43,6 +43,8 @@ class ClientRole:
         self._daemon = daemon
         self._conn: PeerConnection | None = None
         self._welcomed: asyncio.Future[greeting.Welcome] | None = None
+        self._address: Address | None = None
+        self._token = 0
         self._closed = False
         self._following = False
         self._expected_until_ms = 0
@@ -93,6 +95,7 @@ class ClientRole:
                     check=check,
                     timeout_s=timeout_s,
                 )
+                self._address = address
                 await self._greet(conn)
             except Refusal:
                 raise
@@ -143,6 +146,7 @@ class ClientRole:
             raise
         finally:
             self._welcomed = None
+        self._token = welcome.token
         daemon.epoch = welcome.epoch
         daemon.home_slot = welcome.home
         daemon.root = welcome.root
@@ -154,6 +158,29 @@ class ClientRole:
             daemon._welcome_fuse()
             if not daemon.fuse.continues:
                 conn.send(FrameType.RECLAIM_DONE, pack_json({"rows": 0}), epoch=daemon.epoch)
+
+    def direct(self) -> dict[str, Any] | None:
+        """Return what our FUSE layer needs to send operations to the home by itself, None without a connection."""
+        conn, contexts, address = self._conn, self._daemon.contexts, self._address
+        if conn is None or contexts is None or address is None:
+            return None
+        return {
+            "host": address.host,
+            "port": address.port,
+            "slot": conn.identity.slot,
+            "incarnation": conn.identity.incarnation,
+            "token": self._token,
+            "pem": contexts.pem.decode("ascii"),
+            "authority": contexts.authority.hex(),
+        }
+
+    def direct_lost(self, reason: str) -> None:
+        """The FUSE layer has lost its own connection to the home: what was under way over it is asked for again, as
+        after the loss of ours."""
+        if self._conn is not None and self._welcomed is None:
+            conn = self._conn
+            conn.abort()
+            self._on_lost(conn, IoFailure(f"the connection for operations was lost: {reason}"))
 
     def expect_home(self, ms: int) -> None:
         """Another node is to take the lease: leave it the time for that."""

@@ -33,35 +33,40 @@ from mxfs_proto.frames import (
 from mxfs_proto.ondisk import Address, SlotState
 from mxfs_proto.ops import Fid
 from mxfs_proto.records import LockRecord, NodeState, NodeStatus, Record
-from mxfsd import greeting, metricsserver, reattach, rundir
+from mxfsd import greeting, metricsserver, procs, reattach, rundir
 from mxfsd import log as logging
 from mxfsd.clientrole import ClientRole
 from mxfsd.control import ControlServer
 from mxfsd.core.lease import ENDED, HeldLease, HeldSlot, Joiner
 from mxfsd.core.sessions import SessionTable
 from mxfsd.core.timeouts import Timeouts
+from mxfsd.direct import DirectConnections, check_operation
 from mxfsd.fencing import Fencing, choose
 from mxfsd.fencing import leave as leave_fencing
 from mxfsd.figures import Figures
 from mxfsd.finder import Finder
 from mxfsd.fuselink import FuseLink
+from mxfsd.growth import grow_lower
 from mxfsd.guard import check_watchdog
 from mxfsd.homerole import HomeRole
 from mxfsd.identity import Identity, load_identity
 from mxfsd.io import libc
 from mxfsd.io.addresses import own_addresses
-from mxfsd.io.certs import NodeContexts, PeerIdentity, VolumeKeys, make_contexts
+from mxfsd.io.certs import NodeContexts, VolumeKeys, make_contexts
 from mxfsd.io.clock import now_ms
 from mxfsd.io.heartbeat_client import BeatReport, HeartbeatClient, HeartbeatEvent
+from mxfsd.io.identity import PeerIdentity
 from mxfsd.io.lockspace import Lockspace
 from mxfsd.io.lower import Lower
 from mxfsd.io.peers import PeerConnection, PeerServer
+from mxfsd.io.servicemanager import ServiceManager
 from mxfsd.io.xfsknobs import bound_replay
 from mxfsd.members import Members
 from mxfsd.operators import Operators
 from mxfsd.options import MountOptions
 from mxfsd.pr.errors import Preempted
 from mxfsd.pr.reservations import Standing
+from mxfsd.report import in_words
 from mxfsd.settling import recover_sessions
 from mxfsd.takeover import Succession
 
@@ -70,6 +75,7 @@ log = structlog.get_logger(__name__)
 _TRIAL_TRIES = 100
 _TRIAL_WAIT_S = 0.05
 _TICK_S = 0.25
+_NAMED = 8
 _XFS_IOC_GOINGDOWN = 0x8004587D
 _NO_LOG_FLUSH = struct.pack("=I", 2)
 
@@ -78,10 +84,21 @@ class Daemon:
     """One volume, one node."""
 
     def __init__(
-        self, device: str, mountpoint: str, options: MountOptions, run_dir: Path, *, supervised: bool = False
+        self,
+        device: str,
+        mountpoint: str,
+        options: MountOptions,
+        run_dir: Path,
+        *,
+        supervised: bool = False,
+        goes_on_with: int = 0,
+        manager: ServiceManager | None = None,
     ) -> None:
         self.supervised = supervised
         """systemd starts it again where it fails."""
+        self.goes_on_with = goes_on_with
+        """The pid of the FUSE layer that started it, the only one that it may serve; 0: mount.mxfs or systemd did."""
+        self.manager = manager or ServiceManager()
         self.device = device
         self.mountpoint = mountpoint
         self.options = options
@@ -113,6 +130,7 @@ class Daemon:
         self.peers: dict[int, PeerConnection] = {}
         self._named: dict[int, PeerConnection] = {}
         """Connections over which the node has named all that it holds."""
+        self.direct = DirectConnections()
         self.members: Members | None = None
         """Who takes part; known to the home alone."""
         self.succession = Succession(self)
@@ -134,7 +152,9 @@ class Daemon:
         self._lower: Lower | None = None
         self._disk_away = False
         self._stepping_down = False
-        self._lower_left: asyncio.Future[None] | None = None
+        self._lower_left: asyncio.Future[dict[str, Any]] | None = None
+        self.held_by = ""
+        """Why this node, the home, could not give it away the last time."""
         self._moving = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -275,6 +295,8 @@ class Daemon:
     async def shut_down(self) -> None:
         """Leave the volume in good order: a home hands over, or unmounts and frees the lease."""
         await self._caches_ended()
+        async with self._moving:
+            pass  # a home that is being taken is taken first: given up half way, it would have to be fenced
         if self.home is not None:
             await self._leave_as_home()
         if self.client is not None:
@@ -344,9 +366,10 @@ class Daemon:
         except MxfsError as exc:
             log.info("home not reached", reason=str(exc))
             return False
-        self.client = client
+        self.client = client  # at once: our FUSE layer answers soon
         self.succession.heard()
         self._hold_device()
+        await asyncio.to_thread(self.lockspace.check_place)
         return True
 
     # The steps of a takeover, in their order; ``mxfsd/takeover.py`` calls them.
@@ -363,6 +386,8 @@ class Daemon:
         self._release_device()
         lower = await asyncio.to_thread(reattach.patiently, self._mount, self.timeouts.lease_ms)
         await self._arm(lower)
+        if not self.options.read_only:
+            await asyncio.to_thread(grow_lower, lower.mount_fd, self.lockspace)
         self._lower = lower
         self.root = lower.root
         self.members = Members(
@@ -389,6 +414,7 @@ class Daemon:
             records,
             self._lower_failed,
             self.figures,
+            self._is_fenced,
         )
 
     def _lower_failed(self, reason: str) -> None:
@@ -471,7 +497,8 @@ class Daemon:
             recorded = self.home.master.recorded()
             self.fuse.resume(self.epoch, self.home_slot, True, recorded, self.home.lower.mount_fd)
         else:
-            self.fuse.resume(self.epoch, self.home_slot, False, [], -1)
+            direct = self.client.direct() if self.client is not None else None
+            self.fuse.resume(self.epoch, self.home_slot, False, [], -1, direct)
 
     def _resume_all(self) -> None:
         """Tell every node, and our own FUSE layer, that this home serves."""
@@ -506,12 +533,20 @@ class Daemon:
             conn.send(FrameType.FREEZE, pack_json({"epoch": self.epoch}), epoch=self.epoch)
         self.fuse.freeze(self.epoch, 0)
         await role.freeze()
-        await self._fuse_leaves_lower()
+        held = await self._fuse_leaves_lower()
+        if held.get("count"):
+            # It has left nothing: the kernel serves these files, and cannot be told to serve them otherwise.
+            self.held_by = f"{held['count']} files are open for passthrough: {await self._holders()}"
+            log.error("the home stays: files are open for passthrough", inodes=held["held"], held_by=self.held_by)
+            role.replace_lower(role.lower)
+            self._serve_again()
+            return False
         await asyncio.to_thread(role.lower.syncfs)
         role.lower.close()
         await self.heartbeat.disarm()
         if not await self._unmounted():
-            log.error("the move was called off: a process still holds files of the lower mount")
+            self.held_by = f"a process still holds files of the lower mount: {await self._holders()}"
+            log.error("the move was called off: a process still holds files of the lower mount", held_by=self.held_by)
             await self._serve_on(role)
             return False
         until = await self.heartbeat.set_home(None)
@@ -535,6 +570,7 @@ class Daemon:
         for conn in list(self.peers.values()):
             conn.send(FrameType.MOVE, pack_json(fields), epoch=self.epoch)
             conn.close()
+            self.direct.end(conn)
         self.peers.clear()
         self._named.clear()
         if self.stopping is None or not self.stopping.done():
@@ -546,16 +582,23 @@ class Daemon:
             self.spawn(self.client.follow())
         return True
 
-    async def _fuse_leaves_lower(self) -> None:
-        """Have our own FUSE layer close everything below (nothing to do where it has ended)."""
+    async def _holders(self) -> str:
+        """Who has files of our mount open, or maps them."""
+        found = await asyncio.to_thread(procs.holders, self.mountpoint)
+        return procs.describe(found[:_NAMED]) or "by nobody that is seen from here"
+
+    async def _fuse_leaves_lower(self) -> dict[str, Any]:
+        """Have our own FUSE layer close everything below (nothing to do where it has ended). Returns what it says: the
+        ``count`` of files for which it cannot, and then it has closed nothing."""
         assert self.fuse is not None
         if not self.fuse.attached.is_set() or self.fuse.gone.is_set():
-            return
+            return {}
         self._lower_left = asyncio.get_running_loop().create_future()
         self.fuse.frame(FrameType.FREEZE, [pack_json({})])
         gone = asyncio.ensure_future(self.fuse.gone.wait())
         await asyncio.wait((self._lower_left, gone), return_when=asyncio.FIRST_COMPLETED)
         gone.cancel()
+        return self._lower_left.result() if self._lower_left.done() else {}
 
     async def _unmounted(self) -> bool:
         """The trial: whether the device can be opened exclusively, which no mounted one can. We keep it open so."""
@@ -570,14 +613,20 @@ class Daemon:
         await self._arm(lower)
         role.replace_lower(lower)
         self._lower = lower
+        self._serve_again()
+
+    def _serve_again(self) -> None:
         self._leaving_home = False
         self.serving = True
         self._resume_all()
 
     async def take_home(self, fields: dict[str, Any]) -> None:
         """The home before gave its lease to this node."""
-        assert self.held is not None
+        assert self.held is not None and self.stopping is not None
         async with self._moving:
+            if self.stopping.done():
+                log.info("the home was offered to a node that leaves: another one takes it")
+                return
             if self.client is not None:
                 self.client.close()
                 self.client = None
@@ -598,7 +647,8 @@ class Daemon:
 
     async def _step_down(self) -> None:
         try:
-            await self.move_home(0)
+            if not await self.move_home(0):
+                await asyncio.sleep(self.timeouts.node_dead_ms / 1000)  # files are held: not tried at each look
         except MisuseError as exc:
             log.info("not given up", reason=str(exc))
         finally:
@@ -638,6 +688,9 @@ class Daemon:
 
     def _on_peer_lost(self, conn: PeerConnection, error: MxfsError | None) -> None:
         slot = conn.identity.slot
+        if self.direct.lost(conn):
+            return
+        self.direct.end(conn)
         if self._named.get(slot) is conn:
             del self._named[slot]
         if self.peers.get(slot) is conn:
@@ -659,6 +712,12 @@ class Daemon:
         if frame.type is FrameType.HELLO:
             self._hello(conn, unpack_json(frame.payload))
             return
+        if frame.type is FrameType.DIRECT:
+            self.direct.join(conn, unpack_json(frame.payload), self.peers.get(slot), self.epoch)
+            return
+        if (main := self.direct.belongs_to(conn)) is not None:
+            check_operation(frame.type)
+            conn = main
         if home is None or self.peers.get(slot) is not conn:
             return
         if frame.type in (FrameType.OP_REQ, FrameType.LOCK) and self._named.get(slot) is not conn:
@@ -712,10 +771,15 @@ class Daemon:
         before = self.peers.pop(slot, None)
         if before is not None:
             before.abort()
+            self.direct.end(before)
         self.peers[slot] = conn
         self.figures.joined(slot, str(fields.get("name")))
         self.home.greet(slot, conn.identity.incarnation, continues)
-        conn.send(FrameType.WELCOME, greeting.welcome(self.epoch, self.slot, self.root), epoch=self.epoch)
+        conn.send(
+            FrameType.WELCOME,
+            greeting.welcome(self.epoch, self.slot, self.root, self.direct.token(conn)),
+            epoch=self.epoch,
+        )
         log.info("peer joined", peer=slot, name=fields.get("name"), incarnation=conn.identity.incarnation)
 
     def _lease(self, conn: PeerConnection, stamp_ms: int) -> None:
@@ -741,7 +805,7 @@ class Daemon:
     async def _asked_to_move(self, conn: PeerConnection, target: int) -> None:
         try:
             moved = await self.move_home(target)
-            reason = "" if moved else "called off: a process still holds files of the lower mount"
+            reason = "" if moved else f"called off: {self.held_by}"
         except MxfsError as exc:
             reason = str(exc)
         if reason:
@@ -759,6 +823,7 @@ class Daemon:
         if conn is not None and conn.identity.incarnation == incarnation:
             del self.peers[slot]
             conn.close()
+            self.direct.end(conn)
         self.home.node_gone(slot)
         self.succession.out(slot)
 
@@ -781,7 +846,7 @@ class Daemon:
             return
         conn = self.peers.get(slot)
         if conn is not None:
-            conn.send(kind, parts, epoch=self.epoch, session=session, seq=seq)
+            self.direct.of(conn).send(kind, parts, epoch=self.epoch, session=session, seq=seq)
 
     # -- our own FUSE layer ----------------------------------------------------------------------------------------
 
@@ -795,11 +860,15 @@ class Daemon:
 
     def _on_fuse_frame(self, frame: Frame) -> None:
         if frame.type is FrameType.FREEZE:
-            if unpack_json(frame.payload).get("down"):
+            fields = unpack_json(frame.payload)
+            if fields.get("down"):
                 if not self.ending:
                     self.fail("the lower file system has shut down")
+            elif "cut" in fields:
+                if self.client is not None:
+                    self.client.direct_lost(str(fields["cut"]))
             elif self._lower_left is not None and not self._lower_left.done():
-                self._lower_left.set_result(None)
+                self._lower_left.set_result(fields)
         elif self.home is not None:
             if frame.type is FrameType.OP_REQ and self.serving:
                 self.home.on_operation(self.slot, frame)
@@ -860,6 +929,9 @@ class Daemon:
     async def _ticks(self) -> None:
         while True:
             await asyncio.sleep(_TICK_S)
+            self.manager.alive(now_ms())
+            if self.fuse is not None and self.fuse.served:
+                self.manager.status(in_words(self))
             if self.home is not None and not self._leaving_home and not self._may_act_as_home():
                 # The heartbeat process has done this long ago, or is stopped itself.
                 self._on_heartbeat(HeartbeatEvent("lease_lost", "nothing is heard of a renewal"))
@@ -890,6 +962,16 @@ class Daemon:
                 self.crash_lower()
                 self.refused("another node has fenced this one: its registration on the disk is gone")
                 return
+
+    async def _is_fenced(self) -> bool:
+        """Whether another node has had the disk refuse this one, which may not know it yet."""
+        while True:
+            try:
+                return await asyncio.to_thread(self.fencing.check) is Standing.PREEMPTED
+            except Preempted:
+                return True
+            except MxfsError:  # no answer: if it stays so, the lease ends
+                await asyncio.sleep(self.timeouts.renewal_ms / 1000)
 
     async def _reestablish(self) -> None:
         """The target forgot registrations and reservation: freeze, let ourselves in again, and go on."""

@@ -108,6 +108,7 @@ class FuseLink:
         *,
         channel: str,
         local_locks: bool,
+        passthrough: bool = False,
     ) -> None:
         """Listen, and start the FUSE process: it loads its modules while the daemon joins."""
         self._server = UnixFrameServer(str(self._path), self._on_connection)
@@ -123,6 +124,7 @@ class FuseLink:
             *("--options", ",".join(fuse_options)),
             *("--channel", channel),
             *(["--local-locks"] if local_locks else []),
+            *(["--passthrough"] if passthrough else []),
             *("--log", log_level),
         ]
         self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
@@ -339,13 +341,24 @@ class FuseLink:
         self._freezes += 1
         self.record(RecoveryStart(epoch, home, self._freezes))
 
-    def resume(self, epoch: int, home: int, implicit: bool, recorded: list[int], mount_fd: int) -> None:
-        """Go on under *epoch*. On the home: *mount_fd* is the lower mount, *recorded* what others hold locks on."""
+    def resume(
+        self,
+        epoch: int,
+        home: int,
+        implicit: bool,
+        recorded: list[int],
+        mount_fd: int,
+        direct: dict[str, Any] | None = None,
+    ) -> None:
+        """Go on under *epoch*. On the home: *mount_fd* is the lower mount, *recorded* what others hold locks on.
+
+        On other nodes *direct* says how to reach the home for operations (``ClientRole.direct``).
+        """
         if self._resumed:
             return
         self._resumed = True
         self._reclaims = False
-        fields = {"epoch": epoch, "home": home, "implicit": implicit}
+        fields = {"epoch": epoch, "home": home, "implicit": implicit, "direct": direct}
         self.frame(FrameType.RECLAIM, [struct.pack(f"!{len(recorded)}Q", *recorded)], epoch=epoch)
         self.frame(FrameType.RESUME, [pack_json(fields)], epoch=epoch, fd=mount_fd)
         self.record(RecoveryDone(epoch, home))

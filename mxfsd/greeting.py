@@ -18,6 +18,8 @@ class Welcome:
     epoch: int
     home: int
     root: Fid
+    token: int
+    """What the node's FUSE layer shows to have operations over a connection of its own (DIRECT)."""
 
 
 def hello(name: str, slot: int, timeouts: str, fencing: str, continues: int = 0) -> bytes:
@@ -48,16 +50,16 @@ def objection(fields: dict[str, Any], home: str, timeouts: str, fencing: str) ->
     return None
 
 
-def welcome(epoch: int, home: int, root: Fid) -> bytes:
+def welcome(epoch: int, home: int, root: Fid, token: int) -> bytes:
     """Return the payload of a WELCOME."""
-    return pack_json({"epoch": epoch, "home": home, "root": list(root)})
+    return pack_json({"epoch": epoch, "home": home, "root": list(root), "token": token})
 
 
 def read_welcome(fields: dict[str, Any]) -> Welcome:
     """Return what a WELCOME says. Raises PeerError (EPROTO)."""
     try:
         ino, generation = fields["root"]
-        return Welcome(int(fields["epoch"]), int(fields["home"]), Fid(int(ino), int(generation)))
+        return Welcome(int(fields["epoch"]), int(fields["home"]), Fid(int(ino), int(generation)), int(fields["token"]))
     except (KeyError, TypeError, ValueError) as err:
         raise PeerError(f"a WELCOME that lacks something: {fields}") from err
 

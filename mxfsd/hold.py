@@ -49,20 +49,21 @@ def recorded_timeouts(snap: Snapshot) -> Timeouts:
 class Hold:
     """A context: inside it the volume is this program's alone. Raises MxfsError where it is not to be had."""
 
-    def __init__(self, device: str, what: str) -> None:
-        """*what* names the program to others, such as ``fsck``."""
+    def __init__(self, device: str, what: str, pr_device: str | None = None) -> None:
+        """*what* names the program to others, such as ``fsck``; *pr_device* is as the mount option ``prdev=``."""
         self.device = device
         self.slot = 0
         self.epoch = 0
         self.lost = ""
         """Why the volume is not held any more."""
         self._what = what
+        self._pr_device = pr_device
         self._end = threading.Event()
 
     def __enter__(self) -> Self:
         """Register, claim slot and lease (fencing a dead home first), begin to beat."""
         # First of all: a reservation of others shuts out who reads before.
-        self._agent = fencing.choose(self.device, MountOptions(node=self._what))
+        self._agent = fencing.choose(self.device, MountOptions(node=self._what, pr_device=self._pr_device))
         try:
             self._lockspace = Lockspace.open(self.device)
             try:
@@ -146,7 +147,8 @@ class Hold:
         if owner.pr_key and not self._agent.key:
             raise IoFailure(
                 f"the home {owner.name!r} died with a registration at the disk, which this host cannot take away "
-                f"({self._agent.warning}): mount the volume on one node, unmount it, then try again"
+                f"({self._agent.warning}): say where the reservations are (--prdev), or mount the volume on one node, "
+                "unmount it, then try again"
             )
         if owner.state in GONE:
             return Victim(owner.slot, owner.incarnation, owner.pr_key, Verdict.FAILED), None

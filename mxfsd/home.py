@@ -13,6 +13,8 @@ import errno
 import os
 import stat
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from mxfs_proto.errors import PeerError
@@ -38,7 +40,7 @@ from mxfs_proto.ops import (
 from mxfsd.core.dlm import Effect, LockMaster
 from mxfsd.core.outcomes import Before, BeforeFlag, takes_intent
 from mxfsd.figures import Figures
-from mxfsd.io.lower import Lower, kill_priv
+from mxfsd.io.lower import Lower, errno_of, kill_priv
 from mxfsd.lockops import FileLockOps
 from mxfsd.oprecords import Key, OpRecords, Slot
 from mxfsd.rangeops import RangeOps
@@ -71,7 +73,9 @@ class LogForcer:
         self._last = lower.root
         self._tickets: dict[int, int] = {}
         self._waiters: list[tuple[int, asyncio.Future[None]]] = []
-        self._task: asyncio.Task[None] | None = None
+        self._thread = ThreadPoolExecutor(1, "log-force")
+        self._forcing = False
+        self._error: Exception | None = None
         self.forces = 0
 
     def changed(self, fid: Fid, *also: int) -> int:
@@ -89,41 +93,54 @@ class LogForcer:
             return 0
         return max((self._tickets.get(ino, 0) for ino in inos), default=0)
 
+    def begin(self) -> None:
+        """Begin to force what has changed, for who will wait() for it."""
+        if not self._forcing and self._ticket > self._forced and self._error is None:
+            self._forcing = True
+            # Not by way of an executor's future that the loop waits for: that takes longer than the rest of the hop.
+            self._thread.submit(self._force, asyncio.get_running_loop(), self._ticket, self._last)
+
     async def wait(self, ticket: int) -> None:
-        """Wait for the force of *ticket*; OSError where it failed: then nothing may be answered as done."""
+        """Wait for the force of *ticket*. Raises OSError where one failed: nothing may be answered as done any more."""
+        if self._error is not None:
+            raise self._error
         if ticket <= self._forced:
             return
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiters.append((ticket, future))
-        if self._task is None:
-            self._task = asyncio.create_task(self._run())
+        self.begin()
         await future
 
-    async def _run(self) -> None:
-        loop = asyncio.get_running_loop()
+    def _force(self, loop: asyncio.AbstractEventLoop, ticket: int, last: Fid) -> None:
+        """Runs in the thread."""
+        error: Exception | None = None
         try:
-            while self._waiters:
-                ticket = self._ticket
-                error: OSError | None = None
-                try:
-                    await loop.run_in_executor(None, self._lower.sync, self._last)
-                except OSError as exc:
-                    error = exc
-                else:
-                    self._forced = ticket
-                    self.forces += 1
-                    if ticket == self._ticket:
-                        self._tickets.clear()
-                waiting = self._waiters
-                self._waiters = [pair for pair in waiting if pair[0] > ticket]
-                for wanted, future in waiting:
-                    if wanted <= ticket and not future.done():
-                        if error is not None:
-                            future.set_exception(error)
-                        else:
-                            future.set_result(None)
-        finally:
-            self._task = None
+            self._lower.sync(last)
+        except Exception as exc:  # noqa: BLE001 (whatever it is, it was not forced)
+            error = exc
+        with suppress(RuntimeError):  # the loop has ended, and with it who waits
+            loop.call_soon_threadsafe(self._ended, ticket, error)
+
+    def _ended(self, ticket: int, error: Exception | None) -> None:
+        self._forcing = False
+        if error is not None:
+            self._error = error
+        else:
+            self._forced = ticket
+            self.forces += 1
+            if ticket == self._ticket:
+                self._tickets.clear()
+        waiting = self._waiters
+        self._waiters = [pair for pair in waiting if pair[0] > ticket and error is None]
+        for wanted, future in waiting:
+            if future.done():
+                continue
+            if error is not None:
+                future.set_exception(error)
+            elif wanted <= ticket:
+                future.set_result(None)
+        if self._waiters:
+            self.begin()
 
 
 class _Unstable(NamedTuple):
@@ -140,8 +157,8 @@ class _Context:
     """One running operation."""
 
     __slots__ = (
-        "executed", "gid", "grants", "held", "home", "intent", "key", "node", "op_id", "request", "seen", "ticket",
-        "uid", "want_lock",
+        "beside", "executed", "gid", "grants", "held", "home", "intent", "key", "node", "op_id", "request", "seen",
+        "ticket", "uid", "want_lock",
     )  # fmt: skip
 
     def __init__(self, home: "HomeService", node: int, op_id: int, request: Request, key: Key | None) -> None:
@@ -155,6 +172,8 @@ class _Context:
         self.seen: list[int] = []
         self.grants: list[Grant] = []
         self.executed = False
+        self.beside: list[Fid] = []
+        """Files of which it has seen what the home's own programs wrote beside it, durable or not."""
         self.request = request
         self.key = key
         self.intent: Slot | None = None
@@ -268,7 +287,7 @@ class HomeService:
             try:
                 values = await self._handlers[request.op](context, *request.values)
             except OSError as exc:
-                code = exc.errno or errno.EIO
+                code = errno_of(exc)
             except (ValueError, OverflowError):  # a number or a string that no system call takes
                 code = errno.EINVAL
             except PeerError as exc:
@@ -280,6 +299,8 @@ class HomeService:
                 if code:
                     self._failed(context, code)
                 context.unlock()
+            for fid in context.beside:
+                await self._seen_durable(fid)
             # An error tells of what was seen too: that a name is there, or is gone.
             await self.forced(max(context.ticket, self.forcer.ticket(context.seen)))
         except asyncio.CancelledError:
@@ -292,6 +313,22 @@ class HomeService:
             return Outcome(request.op, code, context.grants, [])
         self.executed += 1
         return Outcome(request.op, 0, context.grants, values)
+
+    def saw(self, c: _Context, fid: Fid) -> None:
+        """An operation of another node is looking at a file, under its locks. What programs of the home write to it
+        just now, under PW or because the kernel asks nobody, must be durable before the reply."""
+        home = self.master.home
+        if home is None or c.node in (home, 0):
+            return
+        if self.master.pinned(fid.ino) or self.held_by(home, fid.ino, LockMode.PW):
+            c.beside.append(fid)
+
+    async def _seen_durable(self, fid: Fid) -> None:
+        """Make a file durable that was seen. Raises LowerFailed: what was seen may not be answered then."""
+        try:
+            await asyncio.get_running_loop().run_in_executor(None, self.lower.sync, fid)
+        except OSError as exc:
+            raise LowerFailed(f"data that was seen cannot be made durable: {exc}") from exc
 
     async def forced(self, ticket: int) -> None:
         """Wait for a force of the log. Raises LowerFailed."""
@@ -469,7 +506,10 @@ class HomeService:
     # -- objects ---------------------------------------------------------------------------------------------------
 
     def _live_attr(self, fid: Fid) -> Attr:
-        attr = self.lower.getattr(fid)
+        return self._shown(fid, self.lower.getattr(fid))
+
+    def _shown(self, fid: Fid, attr: Attr) -> Attr:
+        """Attributes as applications see them: the name among the orphans is none."""
         if self._orphans.get(fid.ino) == fid or (
             attr.nlink == 1 and stat.S_ISREG(attr.mode) and self.lower.is_orphan(fid)
         ):
@@ -483,6 +523,7 @@ class HomeService:
             return self._live_attr(fid)
         await context.lock((fid.ino, LockMode.CR))
         await self.commit_before(fid.ino, context.node)
+        self.saw(context, fid)
         return self._live_attr(fid)
 
     def _victim(self, context: _Context, attr: Attr, known: Fid) -> Fid | None:
@@ -553,9 +594,8 @@ class HomeService:
             # XFS zeroes the rest of the last block on the disk before the transaction that makes the file shorter: the
             # next home must know that this was begun.
             await self.intent_durable(c)
-        attr = self.lower.setattr(fid, valid, *rest)
-        if self._orphans.get(ino) == fid:
-            attr = attr._replace(nlink=0)
+        attr = self._shown(fid, self.lower.setattr(fid, valid, *rest))
+        self.saw(c, fid)
         if valid & Valid.SIZE:
             self._note_unstable(fid, c.node)
         return self.end(c, [attr], fid)
@@ -576,7 +616,8 @@ class HomeService:
         c.grant(parent.ino, LockMode.PR)
         c.unlock()
         if c.want_lock:
-            await asyncio.gather(self._cached_lock(c, attr.ino, mode), self.forced(self.forcer.ticket((attr.ino,))))
+            self.forcer.begin()
+            await self._cached_lock(c, attr.ino, mode)
         return values
 
     async def _mknod(self, c: _Context, ino: int, gen: int, name: bytes, mode: int, rdev: int) -> list[Any]:
@@ -611,6 +652,37 @@ class HomeService:
         self._free_name(parent, name)
         self.begin(c)
         attr = self.lower.link(Fid(ino, gen), parent, name)
+        self.end(c, values := [attr, self.lower.getattr(parent)], parent, ino)
+        c.grant(parent_ino, LockMode.PR)
+        return values
+
+    async def _tmpfile(self, c: _Context, ino: int, gen: int, mode: int) -> list[Any]:
+        """Needs no record: nobody but its node hears of the file. One that was not answered is freed by the next home,
+        since nobody has it open, and its node makes another one."""
+        await c.lock((ino, LockMode.PR))
+        c.executed = True
+        fd, attr = self.lower.tmpfile(Fid(ino, gen), mode, c.uid, c.gid)
+        os.close(fd)
+        fid = self._orphans[attr.ino] = Fid(attr.ino, attr.gen)
+        self.forcer.changed(fid)
+        c.seen.append(attr.ino)
+        c.unlock()
+        if c.want_lock:
+            await self._cached_lock(c, attr.ino, LockMode.EX)
+        return [attr]
+
+    async def _link_unnamed(
+        self, c: _Context, ino: int, gen: int, parent_ino: int, parent_gen: int, name: bytes
+    ) -> list[Any]:
+        """LINK of what TMPFILE made: its node alone knows it, and says that it may have a name."""
+        await c.lock((ino, LockMode.EX), (parent_ino, LockMode.EX))
+        fid, parent = Fid(ino, gen), Fid(parent_ino, parent_gen)
+        if not self.lower.is_orphan(fid):
+            raise FileNotFoundError(errno.ENOENT, "it has a name, or is gone")
+        self._free_name(parent, name)
+        self.begin(c)
+        attr = self.lower.name_orphan(fid, parent, name)
+        self._orphans.pop(ino, None)
         self.end(c, values := [attr, self.lower.getattr(parent)], parent, ino)
         c.grant(parent_ino, LockMode.PR)
         return values
@@ -710,6 +782,7 @@ class HomeService:
             await c.lock((ino, LockMode.CR))
             await self.commit_before(ino, c.node)
         c.seen.append(ino)
+        self.saw(c, Fid(ino, gen))
         data = os.pread(self.lower.file_fd(Fid(ino, gen)), min(size, MAX_DATA), offset)
         self.bytes_read += len(data)
         self.keep_no_descriptor(ino)
@@ -718,7 +791,7 @@ class HomeService:
 
     def keep_no_descriptor(self, ino: int) -> None:
         """The home's own FUSE layer may free what nobody else has a lock on, and nobody would hear of it."""
-        if ino not in self.master:
+        if ino not in self.master or self.master.pinned(ino):  # (of a pinned one: it asks who has it open for writing)
             self.lower.forget(ino)
 
     async def _write(self, c: _Context, ino: int, gen: int, offset: int, flags: int, data: bytes) -> list[Any]:
@@ -734,6 +807,8 @@ class HomeService:
         if stable or not free or self.must_commit(fid.ino, c.node):
             await c.lock((fid.ino, LockMode.EX if stable else LockMode.CW))
             await self.commit_before(fid.ino, c.node)
+        if append and (self.master.pinned(fid.ino) or flags & WriteFlag.BESIDE):
+            return await self._append_beside(c, fid, flags, [data for _, data in pieces])
         fd = self.lower.file_fd(fid)
         if append:
             self.begin(c, Before(number=os.fstat(fd).st_size))
@@ -748,9 +823,7 @@ class HomeService:
                     break
         finally:
             if total:
-                self._note_unstable(fid, c.node)
-                self.bytes_written += total
-                self.figures.of(c.node).bytes_written += total
+                self._wrote(c, fid, total)
         if flags & WriteFlag.KILL_PRIV:
             kill_priv(fd)
         self.keep_no_descriptor(fid.ino)
@@ -758,6 +831,38 @@ class HomeService:
             await self.commit_stable(c, fid)
             self.end(c, [placed, total] if c.request.op is Op.WRITE else [total], fid)
         return placed, total
+
+    def _wrote(self, c: _Context, fid: Fid, total: int) -> None:
+        """So many bytes are in the page cache of the lower mount."""
+        self._note_unstable(fid, c.node)
+        self.bytes_written += total
+        self.figures.of(c.node).bytes_written += total
+
+    async def _append_beside(
+        self, c: _Context, fid: Fid, flags: int, pieces: Sequence[bytes | memoryview]
+    ) -> tuple[int, int]:
+        """Append to a file that the home's kernel may write, and make longer, at the same time.
+
+        XFS finds the place, and the intent is written again when that is known: the next home must not cut off what
+        others have written behind it.
+        """
+        self.begin(c, Before(flags=BeforeFlag.BESIDE))
+        c.executed = True
+        fd = self.lower.open(fid, os.O_RDWR | os.O_APPEND)
+        try:
+            total = os.write(fd, pieces[0] if len(pieces) == 1 else b"".join(pieces))
+            end = os.lseek(fd, 0, os.SEEK_CUR)
+            if c.intent is not None and self.records is not None and c.key is not None:
+                before = Before(Fid(end, 0), NO_FID, end - total, BeforeFlag.BESIDE | BeforeFlag.PLACED)
+                self.records.intend_again(c.key, c.intent, c.request, before)
+            self._wrote(c, fid, total)
+            if flags & WriteFlag.KILL_PRIV:
+                kill_priv(fd)
+        finally:
+            os.close(fd)
+        await self.commit_stable(c, fid)
+        self.end(c, [end - total, total] if c.request.op is Op.WRITE else [total], fid)
+        return end - total, total
 
     async def commit_stable(self, c: _Context, fid: Fid) -> None:
         """Make data durable before its outcome is written, with the lock held, so that nobody sees it before. A crash
@@ -851,6 +956,7 @@ _NAMES = {
     Op.MKDIR: (2,),
     Op.SYMLINK: (2,),
     Op.LINK: (4,),
+    Op.LINK_UNNAMED: (4,),
     Op.UNLINK: (2,),
     Op.RMDIR: (2,),
     Op.RENAME: (2, 5),

@@ -3,7 +3,7 @@
 import asyncio
 import errno
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
 import structlog
@@ -11,6 +11,7 @@ import structlog
 from mxfs_proto.errors import MxfsError, PeerError
 from mxfs_proto.filelocks import resource_of, unpack_tables
 from mxfs_proto.frames import Frame, FrameType, unpack_reclaim
+from mxfs_proto.lockflags import LockFlag
 from mxfs_proto.modes import LockMode
 from mxfs_proto.ops import Op, Request, unpack_request
 from mxfs_proto.records import CacheInval, LockBast, LockDeny, LockGrant, LockRecord, LockRelease, LockReq, Opens
@@ -33,6 +34,14 @@ _REPEATABLE = frozenset(
 )
 """Operations that may run twice: their replies are not kept."""
 
+LINGER_MS = 5000
+"""So long the home's FUSE layer asks for what another node has used: that node uses it again, more often than not, and
+would have it called back each time."""
+
+
+async def _not_fenced() -> bool:
+    return False
+
 
 class HomeRole:
     """The home's half of the protocol. *send_lock* and *send_frame* reach a node, the home's own FUSE layer too."""
@@ -51,10 +60,12 @@ class HomeRole:
         records: OpRecords | None = None,
         on_failed: Callable[[str], None] = lambda _reason: None,
         figures: Figures | None = None,
+        is_fenced: Callable[[], Awaitable[bool]] = _not_fenced,
     ) -> None:
         """*records*: from recover_sessions() (none on a read-only mount). *on_failed* is called, once, when the lower
         mount can be relied on no more: from then on nothing is answered, and this node must fence itself. *figures*:
-        where operations and BASTs are counted, by node."""
+        where operations and BASTs are counted, by node. *is_fenced*: whether the disk refuses this node; asked before
+        an operation is answered with EIO."""
         self.slot = slot
         self.epoch = epoch
         self.lower = lower
@@ -63,8 +74,9 @@ class HomeRole:
         self._send_frame = send_frame
         self._on_silent = on_silent
         self._on_failed = on_failed
+        self._is_fenced = is_fenced
         self.failed = False
-        self.master = LockMaster(slot, timeouts, first_seq=first_seq(epoch))
+        self.master = LockMaster(slot, timeouts, first_seq=first_seq(epoch), linger_ms=LINGER_MS)
         self.figures = figures if figures is not None else Figures()
         self.service = HomeService(lower, self.master, now_ms, self.run, readonly, records, self.figures)
         self.service.file_locks.on_wake = self._wake
@@ -123,6 +135,8 @@ class HomeRole:
         except MxfsError as exc:
             log.error("operation failed", peer=node, op=request.op.name, reason=str(exc))
             raise
+        if outcome.errno == errno.EIO and not self.failed and await self._is_fenced():
+            self._fail("another node has fenced this one")  # the next home has the answer
         if self.failed:
             return
         if outcome.errno and request.op is Op.READ:
@@ -166,7 +180,9 @@ class HomeRole:
             self._maybe_reap(record.ino, opens)
         elif isinstance(record, Opens):
             opens = (record.opens_r, record.opens_w)
-            self.run(self.master.opens_update(now, node, record.ino, opens))
+            pinned = bool(record.flags & LockFlag.KERNEL_WRITER)
+            self.run(self.master.opens_update(now, node, record.ino, opens, pinned))
+            self.service.keep_no_descriptor(record.ino)
             self._maybe_reap(record.ino, opens)
         else:
             raise PeerError(f"node {node} sent {type(record).__name__}, which only the home sends")

@@ -135,7 +135,9 @@ def main_info(args: list[str]) -> int:
     try:
         data = info(options.device)
     except MxfsError as error:
-        print(f"mxfs info: {error}", file=sys.stderr)
+        from mxfsd.cli.device import explain
+
+        print(f"mxfs info: {explain(options.device, error)}", file=sys.stderr)
         return 1
     print(json.dumps(data, indent=2) if options.json else render(data))
     return 0

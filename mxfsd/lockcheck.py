@@ -52,6 +52,8 @@ class Damage:
     found: bytes = b""
     """The bytes of the record when it was looked at."""
     repaired: bool = False
+    unfinished: bool = False
+    """A move of the lockspace was interrupted, nothing is lost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +168,7 @@ def find_damage(lockspace: Lockspace) -> list[Damage]:
 
 
 def _headers(lockspace: Lockspace) -> Iterator[Damage]:
-    """The volume has one good copy, or it would not be open. A header is never written after mkfs.mxfs, nor here."""
+    """The volume has one good copy, or it would not be open. Only mkfs.mxfs and mxfs grow write headers, not this."""
     places = ((0, lockspace.header.lockspace_offset), (-1, _last(lockspace)))
     for copy, (number, offset) in enumerate(places, 1):
         data = lockspace.disk.read(offset, RECORD_BYTES)
@@ -176,7 +178,10 @@ def _headers(lockspace: Lockspace) -> Iterator[Damage]:
                 reason = "differs from the other copy"
         except MediaError as error:
             reason = str(error)
-        if reason:
+        if reason and lockspace.unfinished(data):
+            advice = "mxfs grow was interrupted: run it again; the volume works meanwhile"
+            yield Damage(f"header copy {copy}", number, "the lockspace is being moved", advice, unfinished=True)
+        elif reason:
             advice = "the other copy is good and the volume works with it; save the data and make the volume anew"
             yield Damage(f"header copy {copy}", number, reason, advice, found=data)
 

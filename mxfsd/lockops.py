@@ -157,7 +157,10 @@ class FileLockOps:
     # -- who decides -----------------------------------------------------------------------------------------------
 
     def _recorded_for(self, node: int, ino: int) -> bool:
-        return ino in self._pins or self._master.mode_of(node, resource_of(ino)) is LockMode.EX
+        """Whether the home knows that the node has locks there, or that it may decide alone. (Where nobody else has any
+        the home's own FUSE layer is about to: no pin any more, and no lock yet.)"""
+        alone = self._master.mode_of(node, resource_of(ino)) is LockMode.EX
+        return alone or ino in self._pins or node in self.tables.nodes_of(ino)
 
     def _settle_later(self, ino: int) -> None:
         """As _settle(), outside an operation; in the grace period that comes at its end."""

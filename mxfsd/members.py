@@ -22,11 +22,11 @@ from mxfsd.core.membership import (
     Reason,
     Refused,
     SlotReport,
-    SlotSays,
     StepDown,
     Suspect,
     Thaw,
     Trusted,
+    says,
 )
 from mxfsd.core.takeover import Verdict, Victim
 from mxfsd.core.timeouts import Timeouts
@@ -38,13 +38,6 @@ from mxfsd.io.lockspace import Lockspace
 log = structlog.get_logger(__name__)
 
 _RETRY_S = 0.25
-
-_SAYS = {
-    SlotState.FREE: SlotSays.FREE,
-    SlotState.LEFT: SlotSays.LEFT,
-    SlotState.FAILED: SlotSays.FAILED,
-}
-"""What slot states mean; any other one is a node whose counter counts (RESTARTING: it stands still)."""
 
 
 class Members:
@@ -129,7 +122,7 @@ class Members:
             self._membership.on_slots(
                 now_ms(),
                 [
-                    SlotReport(view.slot, view.incarnation, _SAYS.get(view.state, SlotSays.CLAIMED), view.age_ms)
+                    SlotReport(view.slot, view.incarnation, says(view.state), view.age_ms)
                     for view in report.slots.values()
                 ],
             )
@@ -166,16 +159,22 @@ class Members:
                 self._on_step_down()
 
     async def _put_out(self, dead: DeclareDead) -> None:
-        """Fence a node, take its slot from it, and say so; again and again until it is done."""
+        """Fence a node, take its slot from it, and say so; again and again until it is done.
+
+        Where a living node has only given up a claim of that slot, the slot alone is taken.
+        """
         view = self._views.get(dead.node)
         ours = view is not None and view.incarnation == dead.incarnation
         key = view.pr_key if view is not None and ours else 0
         # The agent by deadlines waits for nothing here: a node that is not the home never writes to the volume.
         victim = Victim(dead.node, dead.incarnation, key, Verdict.FAILED if not ours else Verdict.SILENT)
         began = now_ms()
+        given_up = False
         while not self._closed:
             try:
-                await asyncio.to_thread(self._fencing.fence, victim)
+                given_up = view is not None and ours and self._given_up(view)
+                if not given_up:
+                    await asyncio.to_thread(self._fencing.fence, victim)
                 await asyncio.to_thread(self._take_slot, dead)
                 break
             except MxfsError as exc:
@@ -183,9 +182,26 @@ class Members:
                 await asyncio.sleep(_RETRY_S)
         if self._closed:
             return
-        self.fenced += 1
-        log.warning("node fenced", peer=dead.node, agent=self._fencing.name, ms=now_ms() - began)
+        if given_up:
+            log.info("the slot of a claim that was given up is free", peer=dead.node)
+        else:
+            self.fenced += 1
+            log.warning("node fenced", peer=dead.node, agent=self._fencing.name, ms=now_ms() - began)
         self._run(self._membership.fenced(now_ms(), dead.node))
+
+    def _given_up(self, claim: SlotView) -> bool:
+        """Whether a slot that is declared dead is only a claim that came too late, by a node with another slot.
+
+        *claim*: the slot as it was then. What covers it later says nothing of the node that is to be fenced.
+        Nobody ever acted in such a slot, and the registration in its record is the one of the node that lives.
+        """
+        return claim.state is SlotState.CLAIMING and any(
+            view.slot != claim.slot
+            and (view.uuid, view.pr_key) == (claim.uuid, claim.pr_key)
+            and view.state in (SlotState.CLAIMING, SlotState.JOINING, SlotState.ACTIVE)
+            and view.age_ms < self._timeouts.node_dead_ms
+            for view in self._views.values()
+        )
 
     def _take_slot(self, dead: DeclareDead) -> None:
         """Free the slot of a fenced node, unless a later incarnation has it already."""

@@ -66,7 +66,7 @@ class Operators:
         before = daemon.epoch
         if daemon.home is not None:
             if not await daemon.move_home(target.slot):
-                raise IoFailure("called off: a process still holds files of the lower mount", errno.EBUSY)
+                raise IoFailure(f"called off: {daemon.held_by}", errno.EBUSY)
         elif daemon.client is not None:
             daemon.client.ask_move(target.slot)
         deadline = now_ms() + daemon.timeouts.lock_wait_ms

@@ -132,6 +132,10 @@ class OpRecords:
             raise
         return slot
 
+    def intend_again(self, key: Key, slot: Slot, request: Request, before: Before) -> None:
+        """More is known by now: write the intent again in its place."""
+        self._write(slot, Record(RecordKind.INTENT, key.session, key.seq, pack_intent(request, before)))
+
     def outcome(self, key: Key, slot: Slot | None, reply: bytes) -> Slot:
         """Write the operation's reply, over its intent where it has one; kept until release()."""
         slot = slot or self._take()

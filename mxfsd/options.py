@@ -6,7 +6,7 @@ are accepted and dropped. Imported by ``mount.mxfs`` before the daemon runs, so 
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NoReturn
 
 from mxfs_proto.errors import MisuseError
@@ -113,6 +113,8 @@ class MountOptions:
     """File locks are kept by the kernel of each node, which knows those of its own processes only."""
     channel: str = ""
     """How the FUSE layer talks to the kernel (mxfs_fuse/channel); empty: native where the kernel is new enough."""
+    passthrough: bool = False
+    """While this node is home its kernel reads and writes files by itself (docs/architecture.md, "Passthrough")."""
     log: str = "info"
     kernel: tuple[str, ...] = ()
 
@@ -148,6 +150,8 @@ class MountOptions:
             words.append("localflocks")
         if self.channel:
             words.append(f"channel={self.channel}")
+        if self.passthrough:
+            words.append("passthrough")
         words.append(f"log={self.log}")
         words.extend(self.kernel)
         return ",".join(words)
@@ -160,7 +164,7 @@ def host_port(host: str, port: int) -> str:
 
 def known_options() -> str:
     """Return the options of our own, for messages."""
-    return "ro, rw, localflocks, " + ", ".join(f"{name}=" for name in _OWN)
+    return "ro, rw, localflocks, passthrough, " + ", ".join(f"{name}=" for name in _OWN)
 
 
 def parse(text: str, *, sloppy: bool = False) -> MountOptions:
@@ -172,7 +176,7 @@ def parse(text: str, *, sloppy: bool = False) -> MountOptions:
     values: dict[str, str] = {}
     peers: list[str] = []
     kernel: dict[str, None] = {}
-    read_only = local_flocks = False
+    read_only = local_flocks = passthrough = False
     last = ""
     for word in (part.strip() for part in text.split(",")):
         name, equals, value = word.partition("=")
@@ -180,6 +184,8 @@ def parse(text: str, *, sloppy: bool = False) -> MountOptions:
             read_only = name == "ro"
         elif name == "localflocks" and not equals:
             local_flocks = True
+        elif name == "passthrough" and not equals:
+            passthrough = True
         elif name in _OWN:
             if not value:
                 _refuse(f"option {name} needs a value: {name}=VALUE")
@@ -197,7 +203,10 @@ def parse(text: str, *, sloppy: bool = False) -> MountOptions:
         elif word and name not in _DROPPED and not name.startswith(("x-", "X-")) and not sloppy:
             _refuse(f"unknown option {word}; known are {known_options()} and those of mount(8)")
         last = name
-    return _checked(values, tuple(peers), read_only, local_flocks, tuple(kernel))
+    options = _checked(values, tuple(peers), read_only, local_flocks, tuple(kernel))
+    if passthrough and options.channel == "pyfuse3":
+        _refuse("passthrough needs a channel of our own, not channel=pyfuse3")
+    return replace(options, passthrough=passthrough)
 
 
 def _checked(

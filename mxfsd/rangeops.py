@@ -63,6 +63,7 @@ class RangeOps:
             raise OSError(errno.EINVAL, f"lseek whence {whence}")
         await c.lock((ino, LockMode.CR))
         await service.commit_before(ino, c.node)
+        service.saw(c, Fid(ino, gen))
         return [service.lower.seek(Fid(ino, gen), offset, whence)]
 
     async def _copy(
@@ -76,6 +77,7 @@ class RangeOps:
         await service.commit_before(to_ino, c.node)
         service.begin(c)
         await service.intent_durable(c)
+        service.saw(c, source)
         done = await self._in_thread(lambda: service.lower.copy(source, offset, target, to_offset, length, kill))
         await service.commit_stable(c, target)
         return service.end(c, [done], target)

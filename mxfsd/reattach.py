@@ -57,9 +57,11 @@ def channel_of(options: MountOptions) -> str:
 async def start_fuse(daemon: "Daemon", kernel_options: tuple[str, ...]) -> None:
     """Start the FUSE layer, or go on with the one there is. Raises MxfsError."""
     assert daemon.fuse is not None
-    rundir.remember(daemon.run_dir, rundir.DAEMON, os.getpid())
     before = rundir.recall(daemon.run_dir, rundir.FUSE)
+    if daemon.goes_on_with and (before is None or before.pid != daemon.goes_on_with):
+        raise NothingToServe("the mount that this daemon was started for has ended")
     if before is None:
+        rundir.remember(daemon.run_dir, rundir.DAEMON, os.getpid())
         options = daemon.options
         await daemon.fuse.start(
             daemon.mountpoint,
@@ -68,6 +70,7 @@ async def start_fuse(daemon: "Daemon", kernel_options: tuple[str, ...]) -> None:
             options.log,
             channel=channel_of(options),
             local_locks=options.local_flocks,
+            passthrough=options.passthrough,
         )
         return
     if (daemon.run_dir / rundir.DEAD).exists():
@@ -78,8 +81,21 @@ async def start_fuse(daemon: "Daemon", kernel_options: tuple[str, ...]) -> None:
         raise NothingToServe("the mount has ended while no daemon ran")
     log.info("going on with a FUSE layer", fuse_pid=before.pid)
     await daemon.fuse.adopt(before, daemon.timeouts.restart_ms / 1000)
+    await _daemon_ended(daemon)
+    # Only now: a daemon after this one would not know any more that the one before hangs.
+    rundir.remember(daemon.run_dir, rundir.DAEMON, os.getpid())
     await _heartbeat_ended(daemon)
     await asyncio.to_thread(still_a_member, daemon)
+
+
+async def _daemon_ended(daemon: "Daemon") -> None:
+    """Wait until the daemon before is gone: while it hangs in the kernel, killed or not, its lower mount may be written
+    to, and its heartbeat process, which would end the mount in time, must live. Raises MxfsError."""
+    before = rundir.recall(daemon.run_dir, rundir.DAEMON)
+    if before is None:
+        return
+    if not await _ends(before, daemon.timeouts.node_dead_ms):
+        raise MxfsError(f"the daemon before (pid {before.pid}) does not end")
 
 
 async def _heartbeat_ended(daemon: "Daemon") -> None:
@@ -88,13 +104,20 @@ async def _heartbeat_ended(daemon: "Daemon") -> None:
     if before is None:
         return
     # It ends by itself before the lease does; one that still runs then hangs in its disk.
-    deadline = time.monotonic() + (daemon.timeouts.lease_ms + daemon.timeouts.io_timeout_ms) / 1000
-    while before.alive:
+    if not await _ends(before, daemon.timeouts.lease_ms + daemon.timeouts.io_timeout_ms):
+        log.warning("the heartbeat process before does not end", heartbeat_pid=before.pid)
+        os.kill(before.pid, signal.SIGKILL)
+        raise MxfsError("the heartbeat process of the daemon before hangs")
+
+
+async def _ends(process: rundir.Process, limit_ms: int) -> bool:
+    """Wait for the end of a process. False: it is there after *limit_ms* still."""
+    deadline = time.monotonic() + limit_ms / 1000
+    while process.alive:
         if time.monotonic() > deadline:
-            log.warning("the heartbeat process before does not end", heartbeat_pid=before.pid)
-            os.kill(before.pid, signal.SIGKILL)
-            raise MxfsError("the heartbeat process of the daemon before hangs")
+            return False
         await asyncio.sleep(_POLL_S)
+    return True
 
 
 async def end_without_heartbeat(daemon: "Daemon", reason: str) -> None:

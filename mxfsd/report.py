@@ -21,6 +21,15 @@ def _name(daemon: "Daemon", slot: int) -> str:
     return view.name if view is not None else (f"slot {slot}" if slot else "")
 
 
+def in_words(daemon: "Daemon") -> str:
+    """What this node is for the volume, in a line for ``systemctl status``."""
+    if not daemon.serving:
+        return f"recovering, epoch {daemon.epoch}: operations wait"
+    if daemon.home is not None:
+        return f"home, epoch {daemon.epoch}, {len(daemon.peers)} other nodes"
+    return f"client of {_name(daemon, daemon.home_slot)}, epoch {daemon.epoch}"
+
+
 def status_report(daemon: "Daemon") -> dict[str, Any]:
     """The state of this node and what it sees of the others."""
     report = daemon.heartbeat.report if daemon.heartbeat is not None else None

@@ -101,7 +101,7 @@ def _settle_one(lower: Lower, sessions: SessionTable, records: OpRecords, slot: 
 def _name(intent: Intent) -> tuple[Fid, bytes] | None:
     """The (first) name that the operation is about."""
     values = intent.request.values
-    if intent.request.op is Op.LINK:
+    if intent.request.op in (Op.LINK, Op.LINK_UNNAMED):
         return Fid(values[2], values[3]), values[4]
     if intent.request.op in MAKES or intent.request.op in (Op.UNLINK, Op.RMDIR, Op.RENAME):
         return Fid(values[0], values[1]), values[2]
@@ -125,7 +125,14 @@ def _look(lower: Lower, intent: Intent) -> Now:
         except OSError as exc:
             if exc.errno not in (errno.ENODATA, errno.ESTALE):
                 raise
-    return Now(first, second, inherits, tuple(parents), digest)
+    size = 0
+    if intent.before.flags & BeforeFlag.PLACED:
+        try:
+            size = lower.getattr(Fid(values[0], values[1])).size
+        except OSError as exc:
+            if exc.errno != errno.ESTALE:
+                raise
+    return Now(first, second, inherits, tuple(parents), digest, size)
 
 
 def _peek(lower: Lower, parent: Fid, name: bytes) -> Attr | None:

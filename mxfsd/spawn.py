@@ -157,7 +157,7 @@ def wait_ready(ready_fd: int, timeout_s: float, log_path: str) -> None:
     while b"\n" not in data and len(data) < READY_LINE_MAX:
         left_s = deadline - time.monotonic()
         if left_s <= 0 or not select.select([ready_fd], [], [], left_s)[0]:
-            raise DaemonFailed(f"the daemon was not ready within {timeout_s:g} s{_said(log_path)}", errno.ETIMEDOUT)
+            raise DaemonFailed(not_ready(timeout_s, log_path), errno.ETIMEDOUT)
         part = os.read(ready_fd, READY_LINE_MAX)
         if not part:
             break
@@ -167,7 +167,17 @@ def wait_ready(ready_fd: int, timeout_s: float, log_path: str) -> None:
         return
     if line.startswith("error:"):
         raise DaemonFailed(line.removeprefix("error:").strip() or "the daemon failed")
-    raise DaemonFailed(f"the daemon ended before it was ready{_said(log_path)}")
+    raise DaemonFailed(ended_early(log_path))
+
+
+def not_ready(timeout_s: float, log_path: str) -> str:
+    """Return what to say of a daemon that was silent for too long."""
+    return f"the daemon was not ready within {timeout_s:g} s{_said(log_path)}"
+
+
+def ended_early(log_path: str) -> str:
+    """Return what to say of a daemon that ended without a word."""
+    return f"the daemon ended before it was ready{_said(log_path)}"
 
 
 def _said(log_path: str) -> str:

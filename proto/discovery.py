@@ -28,13 +28,13 @@ from typing import Final
 from uuid import UUID
 
 from mxfs_proto.errors import MisuseError, PeerError
+from mxfs_proto.ondisk import SLOT_COUNT
 
 MAGIC: Final = b"MXFA"
 VERSION: Final = 1
 PREFIX: Final = MAGIC + bytes((VERSION, 0, 0, 0))
 NONCE_BYTES: Final = 12
 TAG_BYTES: Final = 16
-SLOTS: Final = 64
 MAX_ADDRESS: Final = 64
 _FIXED = struct.Struct("!16s16sBBHQQQB")
 assert len(PREFIX) == 8 and _FIXED.size == 61
@@ -57,7 +57,7 @@ class Announcement:
 
 
 def _complaint(slot: int, home_slot: int, port: int, address: str) -> str | None:
-    if not 1 <= slot <= SLOTS or not 0 <= home_slot <= SLOTS:
+    if not 1 <= slot <= SLOT_COUNT or not 0 <= home_slot <= SLOT_COUNT:
         return f"slot {slot}, home {home_slot}"
     if not 1 <= port <= 65535:
         return f"port {port}"

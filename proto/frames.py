@@ -75,6 +75,7 @@ class FrameType(IntEnum):
     EVICT = 22
     RECLAIM_LOCKS = 23
     SYNC = 24
+    DIRECT = 25
 
 
 JSON_TYPES: Final = frozenset(
@@ -88,6 +89,7 @@ JSON_TYPES: Final = frozenset(
         FrameType.MOVE,
         FrameType.EVICT,
         FrameType.SYNC,
+        FrameType.DIRECT,
         FrameType.LEAVE,
         FrameType.STATUS_REQ,
         FrameType.STATUS_RESP,
@@ -291,7 +293,7 @@ LOCK_PAYLOADS: Final = (
     LockSpec(15, Opens, "QIII"),
 )
 _MODES = tuple(LockMode)
-_FLAGS = tuple(LockFlag(bits) for bits in range(256))
+_FLAGS = tuple(LockFlag(bits) for bits in range(1 << len(LockFlag)))
 _FROM_WIRE: dict[str, Callable[[int], Any]] = {"mode": _MODES.__getitem__, "flags": _FLAGS.__getitem__}
 
 

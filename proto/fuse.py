@@ -13,7 +13,7 @@ from mxfs_proto.errors import PeerError
 MAJOR: Final = 7
 MINOR_MIN: Final = 31
 """The oldest minor version that is spoken (Linux 5.4)."""
-MINOR: Final = 39
+MINOR: Final = 40
 """The newest one whose additions are known here."""
 MAX_WRITE: Final = 1 << 20
 """Bytes of data in a READ or WRITE at most."""
@@ -66,6 +66,7 @@ class Opcode(IntEnum):
     RENAME2 = 45
     LSEEK = 46
     COPY_FILE_RANGE = 47
+    TMPFILE = 51
     STATX = 52
 
 
@@ -85,6 +86,9 @@ class InitFlag(IntFlag):
     POSIX_ACL = 1 << 20
     MAX_PAGES = 1 << 22
     HANDLE_KILLPRIV_V2 = 1 << 28
+    INIT_EXT = 1 << 30
+    """The upper 32 flags are in INIT_IN's and INIT_OUT's flags2."""
+    PASSTHROUGH = 1 << 37
 
 
 class OpenFlag(IntFlag):
@@ -93,6 +97,9 @@ class OpenFlag(IntFlag):
     DIRECT_IO = 1 << 0
     KEEP_CACHE = 1 << 1
     NONSEEKABLE = 1 << 2
+    PASSTHROUGH = 1 << 7
+    """Reads, writes and mappings go to the file of OPEN_OUT's backing_id; with DIRECT_IO mappings only. No other flag
+    of these may stand beside (FOPEN_PASSTHROUGH_MASK in the kernel's fs/fuse/iomode.c)."""
 
 
 class SetAttr(IntFlag):
@@ -123,6 +130,8 @@ OUT_HEADER: Final = Struct("=IiQ")
 """len, error (0 or a negative errno), unique."""
 INIT_IN: Final = Struct("=IIII")
 """major, minor, max_readahead, flags (a newer kernel sends more behind)."""
+INIT_IN_EXT: Final = Struct("=IIIII")
+"""The same and flags2, where flags have INIT_EXT."""
 INIT_OUT: Final = Struct("=IIIIHHIIHHIIH22x")
 """major, minor, max_readahead, flags, max_background, congestion_threshold, max_write, time_gran, max_pages,
 map_alignment, flags2, max_stack_depth, request_timeout."""
@@ -133,7 +142,17 @@ ATTR: Final = Struct("=QQQQQQIIIIIIIIII")
 ATTR_OUT_HEAD: Final = Struct("=QII")
 """attr_valid (s), its ns, padding; ATTR follows."""
 OPEN_OUT: Final = Struct("=QIi")
-"""fh, open_flags, backing_id."""
+"""fh, open_flags, backing_id (with OpenFlag.PASSTHROUGH)."""
+BACKING_MAP: Final = Struct("=iIQ")
+"""fd, flags, padding (struct fuse_backing_map): the argument of IOC_BACKING_OPEN."""
+BACKING_ID: Final = Struct("=I")
+"""The argument of IOC_BACKING_CLOSE."""
+IOC_BACKING_OPEN: Final = 0x4010E501
+"""FUSE_DEV_IOC_BACKING_OPEN, _IOW(229, 1, struct fuse_backing_map): returns a backing id, 1 or more."""
+IOC_BACKING_CLOSE: Final = 0x4004E502
+"""FUSE_DEV_IOC_BACKING_CLOSE, _IOW(229, 2, uint32_t)."""
+STACK_DEPTH: Final = 1
+"""max_stack_depth with PASSTHROUGH: the lower file system is none that is stacked itself."""
 WRITE_OUT: Final = Struct("=II")
 """size, padding."""
 STATFS_OUT: Final = Struct("=QQQQQIIII24x")
@@ -242,6 +261,7 @@ REQUESTS: Final[dict[Opcode, tuple[Struct, int]]] = {
     Opcode.RENAME2: (RENAME2_IN, 2),
     Opcode.LSEEK: (LSEEK_IN, 0),
     Opcode.COPY_FILE_RANGE: (COPY_FILE_RANGE_IN, 0),
+    Opcode.TMPFILE: (CREATE_IN, 1),
     Opcode.STATX: (STATX_IN, 0),
 }
 """The struct of each request, and how many names (bytes ended by a zero byte) follow it. Behind them: the data of
@@ -252,7 +272,7 @@ for _struct, _size in (
     (OPEN_OUT, 16), (STATFS_OUT, 80), (LK, 24), (DIRENT, 24), (GETATTR_IN, 16), (SETATTR_IN, 88), (READ_IN, 40),
     (WRITE_IN, 40), (RELEASE_IN, 24), (FLUSH_IN, 24), (FSYNC_IN, 16), (LK_IN, 48), (CREATE_IN, 16), (MKNOD_IN, 16),
     (FALLOCATE_IN, 32), (LSEEK_IN, 24), (COPY_FILE_RANGE_IN, 56), (IOCTL_IN, 32), (IOCTL_OUT, 16), (STATX_IN, 24),
-    (STATX_OUT, 288),
+    (STATX_OUT, 288), (BACKING_MAP, 16), (INIT_IN_EXT, 20),
 ):  # fmt: skip
     assert _struct.size == _size, (_struct.format, _struct.size, _size)
 

@@ -15,3 +15,4 @@ class LockFlag(IntFlag):
     OTHER_WRITER = 32  # grant: another node has the file open for writing
     RECLAIM = 64  # request: held before the home changed
     UNASKED = 128  # grant: nobody asked; the holder's lock was raised by the master
+    KERNEL_WRITER = 256  # open report of the home's FUSE layer: the kernel may write the file without asking anybody

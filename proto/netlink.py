@@ -17,8 +17,7 @@ from enum import IntEnum
 from operator import attrgetter
 from typing import Any, Final, NamedTuple
 
-from pyroute2.netlink import genlmsg, nla
-
+from mxfs_proto.barepackage import bare
 from mxfs_proto.errors import MisuseError, PeerError
 from mxfs_proto.lockflags import LockFlag
 from mxfs_proto.modes import LockMode
@@ -41,6 +40,9 @@ from mxfs_proto.records import (
     VolumeMount,
     VolumeUmount,
 )
+
+with bare("pyroute2"):
+    from pyroute2.netlink import genlmsg, nla
 
 __all__ = [
     "COMMANDS", "FAMILY_ID", "FAMILY_NAME", "FAMILY_VERSION", "GROUPS", "HEADER_BYTES", "CacheInval", "Command",
@@ -230,7 +232,7 @@ HEADER_BYTES: Final = _HEADER.size
 assert _HEADER.size == 20 and _NLATTR.size == 4
 _ENVELOPE = ("CHANNEL_SEQ", "CHANNEL_ACK", "RESOURCE")  # open every message, in this order
 _MODES = tuple(LockMode)
-_FLAGS = tuple(LockFlag(bits) for bits in range(256))
+_FLAGS = tuple(LockFlag(bits) for bits in range(1 << len(LockFlag)))
 _STATES = tuple(NodeState)
 # How the value of a record's field is made from the integer on the wire; an index error means "out of range".
 _FROM_WIRE: dict[str, Callable[[int], Any]] = {

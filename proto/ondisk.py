@@ -46,6 +46,10 @@ class OtherVersion(MediaError):
     """Written by another version of the format."""
 
 
+class DeviceTooSmall(MediaError):
+    """The volume is longer than what this host sees of its device."""
+
+
 class WrongVolume(MediaError):
     """Belongs to another volume."""
 
@@ -56,6 +60,8 @@ class Kind(IntEnum):
     HEADER = 1
     LEASE = 2
     SLOT = 3
+    PENDING = 4
+    MOVED = 5
 
 
 class LeaseState(IntEnum):
@@ -122,7 +128,7 @@ ENVELOPE = Layout(
     (
         Field("magic", "8s", "`MXFSLOCK`"),
         Field("version", "H", "format version, 1"),
-        Field("kind", "H", "1 header, 2 lease, 3 slot"),
+        Field("kind", "H", "1 header, 2 lease, 3 slot, 4 pending header, 5 moved"),
         Field("body_bytes", "I", "length of the body's fields"),
         Field("volume", "16s", "uuid of the XFS file system"),
         Field("sequence", "Q", "one more at each write of the record"),
@@ -140,10 +146,20 @@ HEADER = Layout(
         Field("device_bytes", "Q", "size of the device when it was formatted"),
         Field("lockspace_offset", "Q", "byte offset of record 0"),
         Field("lockspace_bytes", "Q", "length, up to the end of the second header copy"),
-        Field("xfs_bytes", "Q", "size of the XFS file system before it"),
+        Field("xfs_bytes", "Q", "size that the XFS file system before it has, or may grow to"),
         Field("created_s", "Q", "time of creation, seconds since 1970"),
         Field("slot_count", "H", "64"),
         Field("reserved", "6s", "zero"),
+    ),
+)
+
+MOVED = Layout(
+    "moved",
+    24,
+    (
+        Field("old_offset", "Q", "byte offset of record 0 of the lockspace that this record is in"),
+        Field("new_offset", "Q", "byte offset of record 0 of the one that has taken its place, behind it"),
+        Field("new_bytes", "Q", "length of that one"),
     ),
 )
 
@@ -199,8 +215,8 @@ SLOT = Layout(
     ),
 )
 
-LAYOUTS = (ENVELOPE, HEADER, LEASE, SLOT, ADDRESS)
-_BODY = {Kind.HEADER: HEADER, Kind.LEASE: LEASE, Kind.SLOT: SLOT}
+LAYOUTS = (ENVELOPE, HEADER, MOVED, LEASE, SLOT, ADDRESS)
+_BODY = {Kind.HEADER: HEADER, Kind.LEASE: LEASE, Kind.SLOT: SLOT, Kind.PENDING: HEADER, Kind.MOVED: MOVED}
 _CRC_AT = ENVELOPE.size - 4
 _CRC = struct.Struct("<I")
 
@@ -331,8 +347,11 @@ class HeaderRecord:
         """Leave the key out: reprs end up in logs."""
         return f"HeaderRecord(volume={format_uuid(self.volume)}, label={self.label!r})"
 
-    def encode(self, copy: int) -> bytes:
-        """Return the record; *copy* is 0 for the first copy and 1 for the last record of the device."""
+    def encode(self, copy: int, *, pending: bool = False) -> bytes:
+        """Return the record; *copy* is 0 for the first copy and 1 for the last record of the device.
+
+        *pending*: it counts only for who is led to it by a MovedRecord.
+        """
         if len(self.cluster_key) != KEY_BYTES or len(self.volume) != UUID_BYTES:
             raise MisuseError("cluster key of 32 and uuid of 16 bytes expected")
         body = HEADER.struct.pack(
@@ -346,17 +365,41 @@ class HeaderRecord:
             SLOT_COUNT,
             b"",
         )
-        return seal(Kind.HEADER, self.volume, copy, body)
+        return seal(Kind.PENDING if pending else Kind.HEADER, self.volume, copy, body)
 
     @classmethod
-    def decode(cls, data: bytes) -> "HeaderRecord":
-        """Return the header of any volume. Raises MediaError (see ``unseal``)."""
-        uuid, _, (key, label, device, offset, length, xfs, created, slots, _) = unseal(data, Kind.HEADER, None)
+    def decode(cls, data: bytes, *, pending: bool = False) -> "HeaderRecord":
+        """Return the header, or the pending header, of any volume. Raises MediaError (see ``unseal``)."""
+        kind = Kind.PENDING if pending else Kind.HEADER
+        uuid, _, (key, label, device, offset, length, xfs, created, slots, _) = unseal(data, kind, None)
         if slots != SLOT_COUNT:
             raise OtherVersion(f"lockspace has {slots} slots, this version has {SLOT_COUNT}")
         if offset % RECORD_BYTES or length < MIN_LOCKSPACE_BYTES or not xfs <= offset < offset + length:
             raise ForeignRecord("the header's sizes contradict each other")
         return cls(uuid, key, _text(label, "label"), device, offset, length, xfs, created)
+
+
+@dataclass(frozen=True, slots=True)
+class MovedRecord:
+    """Stands in the place of a header: the lockspace has moved behind the old one. Offsets and lengths are bytes."""
+
+    volume: bytes
+    old_offset: int
+    new_offset: int
+    new_bytes: int
+
+    def encode(self, copy: int) -> bytes:
+        """Return the record; *copy* as for the header that it replaces."""
+        body = MOVED.struct.pack(self.old_offset, self.new_offset, self.new_bytes)
+        return seal(Kind.MOVED, self.volume, copy, body)
+
+    @classmethod
+    def decode(cls, data: bytes) -> "MovedRecord":
+        """Return the record, of any volume. Raises MediaError (see ``unseal``)."""
+        uuid, _, (old, new, length) = unseal(data, Kind.MOVED, None)
+        if (old | new | length) % RECORD_BYTES or length < MIN_LOCKSPACE_BYTES or not old < new:
+            raise ForeignRecord("the offsets of a moved lockspace contradict each other")
+        return cls(uuid, old, new, length)
 
 
 @dataclass(frozen=True, slots=True)

@@ -96,6 +96,8 @@ class Op(IntEnum):
     COPY = 31
     IOCTL = 32
     BTIME = 33
+    TMPFILE = 34
+    LINK_UNNAMED = 35
 
 
 class OpFlag(IntEnum):
@@ -124,6 +126,8 @@ class WriteFlag(IntEnum):
     KILL_PRIV = 2
     STABLE = 4
     """Durable before the reply: the writer does not keep the data."""
+    BESIDE = 8
+    """The kernel of the home, whose own FUSE layer this is, may write the file at the same time."""
 
 
 _OBJ = ("Q", "I")
@@ -163,6 +167,8 @@ REQUESTS: dict[Op, tuple[str, ...]] = {
     Op.COPY: (*_OBJ, "Q", *_OBJ, "Q", "Q", "I"),  # from, offset, to, offset, length, 1: takes set-id bits away
     Op.IOCTL: (*_OBJ, "I", "v"),  # command, what it is given
     Op.BTIME: _OBJ,
+    Op.TMPFILE: (*_OBJ, "I"),  # directory, mode
+    Op.LINK_UNNAMED: (*_OBJ, *_OBJ, "v"),  # object, new parent, name
 }
 
 REPLIES: dict[Op, tuple[str, ...]] = {
@@ -200,6 +206,8 @@ REPLIES: dict[Op, tuple[str, ...]] = {
     Op.COPY: ("Q",),  # bytes copied
     Op.IOCTL: ("v",),
     Op.BTIME: ("q",),  # nanoseconds since the epoch
+    Op.TMPFILE: ("A",),
+    Op.LINK_UNNAMED: ("A", "A"),
 }
 
 _REQUEST = Struct("!HHIIQ")  # op, flags, uid, gid, lowest sequence whose reply the client still may need
@@ -207,17 +215,23 @@ _REPLY = Struct("!IH")  # errno (0: done), number of grants
 _GRANT = Struct("!QBQ")  # inode, LockMode, grant sequence
 MAX_DATA = 1 << 20
 """Bytes of data in one READ or WRITE at most."""
+_COPIED = 64 << 10
+"""What is read or written of more bytes is not copied out of the frame: its pages would cost more than its bytes."""
 NO_FID = Fid(0, 0)
 """No object. As the victim of UNLINK and RENAME: the requester does not know which object loses its name, or has it
 open; otherwise the victim is the object that it knows by that name and promises not to have open."""
 
 
 class _Layout:
-    """Packs and unpacks one field list: a fixed part (lengths for ``v``), then the byte fields in order."""
+    """Packs and unpacks one field list: a fixed part (lengths for ``v``), then the byte fields in order.
 
-    __slots__ = ("_attrs", "_struct", "_vars")
+    *views*: byte fields of more than _COPIED bytes are given as views of what came.
+    """
 
-    def __init__(self, fields: Sequence[str]) -> None:
+    __slots__ = ("_attrs", "_struct", "_vars", "_views")
+
+    def __init__(self, fields: Sequence[str], views: bool) -> None:
+        self._views = views
         self._attrs = tuple(i for i, field in enumerate(fields) if field == "A")
         codes = []
         for field in fields:
@@ -247,15 +261,16 @@ class _Layout:
             end = at + row[i]
             if end > len(data):
                 raise PeerError(f"operation field of {row[i]} bytes exceeds the {len(data) - at} that came")
-            row[i] = bytes(data[at:end])
+            row[i] = data[at:end] if self._views and row[i] > _COPIED else bytes(data[at:end])
             at = end
         if at != len(data):
             raise PeerError(f"{len(data) - at} bytes too many after an operation")
         return row
 
 
-_REQUEST_LAYOUTS = {op: _Layout(fields) for op, fields in REQUESTS.items()}
-_REPLY_LAYOUTS = {op: _Layout(fields) for op, fields in REPLIES.items()}
+_MOVES_DATA = frozenset({Op.READ, Op.WRITE, Op.WRITES})
+_REQUEST_LAYOUTS = {op: _Layout(fields, op in _MOVES_DATA) for op, fields in REQUESTS.items()}
+_REPLY_LAYOUTS = {op: _Layout(fields, op in _MOVES_DATA) for op, fields in REPLIES.items()}
 _OPS = {int(op): op for op in Op}
 
 

@@ -9,6 +9,7 @@ import ctypes
 import faulthandler
 import logging
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, MutableMapping
@@ -62,6 +63,17 @@ def _netns() -> str | None:
     return _root() or _tool("ip") or (None if Path("/proc/self/ns/net").exists() else "no namespaces")
 
 
+def _native() -> str | None:
+    """What test_pyfuse3.py shows to be so."""
+    other = os.environ.get("MXFS_TEST_CHANNEL") == "pyfuse3"
+    return "libfuse's Python binding has no such requests (MXFS_TEST_CHANNEL=pyfuse3)" if other else None
+
+
+def _tmpfile() -> str | None:
+    release = tuple(map(int, re.findall(r"\d+", os.uname().release)[:2]))
+    return _native() or (None if release >= (6, 1) else "Linux knows O_TMPFILE on FUSE from 6.1 on")
+
+
 def _vm() -> str | None:
     if os.environ.get("MXFS_TEST_VM") != "1":
         return "takes virtual machines: make test-vm"
@@ -84,6 +96,8 @@ CAPABILITIES: dict[str, Callable[[], str | None]] = {
     "netns": _netns,
     "tgt": _tgt,
     "vm": _vm,
+    "native": _native,
+    "tmpfile": _tmpfile,
     "fio": lambda: _tool("fio"),
     "setfacl": lambda: _tool("setfacl"),
     "setfattr": lambda: _tool("setfattr"),
@@ -93,7 +107,7 @@ CAPABILITIES: dict[str, Callable[[], str | None]] = {
 }
 """Name → a check that returns None, or why this machine cannot."""
 
-REQUIRED = frozenset({"root", "fuse", "loop", "xfs", "netns", "tgt", "fio", "setfacl", "setfattr"})
+REQUIRED = frozenset({"root", "fuse", "loop", "xfs", "netns", "tgt", "fio", "setfacl", "setfattr", "vm"})
 """What a machine that runs CI must have."""
 
 _lawful_skips = pytest.StashKey[bool]()

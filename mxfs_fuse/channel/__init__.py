@@ -21,6 +21,19 @@ class Channel(Protocol):
     limits_background: bool
     """Whether the kernel keeps requests back until it is told otherwise (`kernel.unlimit_background`)."""
 
+    wants_passthrough: bool
+    """Ask the kernel for passthrough. To be set before mount()."""
+
+    @property
+    def has_passthrough(self) -> bool:
+        """Whether the kernel reads and writes files by itself that it is told to. Known when the mount answers."""
+
+    def open_backing(self, fd: int) -> int:
+        """Return a backing id for the file open at *fd*. Raises OSError."""
+
+    def close_backing(self, backing_id: int) -> None:
+        """Give a backing id back. Raises OSError."""
+
     def mount(self, operations: "Operations", mountpoint: str, options: Iterable[str]) -> int:
         """Mount; return the descriptor of /dev/fuse. Raises OSError, RuntimeError."""
 

@@ -1,6 +1,7 @@
 """The channel through libfuse: pyfuse3's session and loop."""
 
 import asyncio
+import errno
 from collections.abc import Iterable
 
 import pyfuse3
@@ -17,6 +18,8 @@ class LibfuseChannel:
     """pyfuse3 (see `mxfs_fuse.channel.Channel`)."""
 
     limits_background = True
+    wants_passthrough = False
+    has_passthrough = False
 
     def mount(self, operations: Operations, mountpoint: str, options: Iterable[str]) -> int:
         """Mount; return the descriptor of /dev/fuse. Raises OSError, RuntimeError."""
@@ -34,6 +37,13 @@ class LibfuseChannel:
             pyfuse3.terminate()
         except asyncio.InvalidStateError:
             pass  # pyfuse3 ends waits that have ended
+
+    def open_backing(self, fd: int) -> int:
+        """libfuse's Python binding has none."""
+        raise OSError(errno.EOPNOTSUPP, "no passthrough with pyfuse3")
+
+    def close_backing(self, backing_id: int) -> None:
+        """There is none."""
 
     def name_long_waits(self) -> None:
         """Nothing: libfuse does not say what waits."""

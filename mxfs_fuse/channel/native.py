@@ -6,6 +6,7 @@ is run up to its first wait without a task. What waits becomes a task, so that i
 
 import asyncio
 import errno
+import fcntl
 import os
 import select
 import stat
@@ -45,6 +46,8 @@ _WANTED = (
     | InitFlag.MAX_PAGES
 )
 _LOCKS = InitFlag.POSIX_LOCKS | InitFlag.FLOCK_LOCKS
+_PASSTHROUGH = InitFlag.INIT_EXT | InitFlag.PASSTHROUGH
+_U32 = 0xFFFFFFFF
 _NEEDED = InitFlag.DO_READDIRPLUS | InitFlag.BIG_WRITES
 _UNLIMITED = 65535
 """Requests in the background: the kernel is to hand over every one at once (see `mxfs_fuse.kernel`)."""
@@ -77,6 +80,7 @@ class NativeChannel:
         """Those of them that the log has named already."""
         self.flags = InitFlag(0)
         """What was agreed upon with the kernel."""
+        self.wants_passthrough = False
 
     # -- mounting --------------------------------------------------------------------------------------------------
 
@@ -125,6 +129,27 @@ class NativeChannel:
             return False  # the connection has ended, and its numbers may be somebody else's by now
         there = mountinfo.at(self._mountpoint)
         return there is not None and there.device == self._device
+
+    # -- passthrough -----------------------------------------------------------------------------------------------
+
+    @property
+    def has_passthrough(self) -> bool:
+        """Whether the kernel reads and writes files by itself that it is told to. Known when the mount answers."""
+        return InitFlag.PASSTHROUGH in self.flags
+
+    def open_backing(self, fd: int) -> int:
+        """Have the kernel take a file of another file system, open at *fd*; return its backing id. Raises OSError.
+
+        What is written through it is written with this thread's capabilities of now. Without CAP_FSETID: else set-id
+        bits would stay when somebody without it writes, and the FUSE layer hears of no write.
+        """
+        with libc.without_fsetid():
+            # (The ioctl's own result comes with a buffer that may be changed.)
+            return int(fcntl.ioctl(self._fd, fuse.IOC_BACKING_OPEN, bytearray(fuse.BACKING_MAP.pack(fd, 0, 0))))
+
+    def close_backing(self, backing_id: int) -> None:
+        """Give a backing id back; files that were opened with it stay open. Raises OSError."""
+        fcntl.ioctl(self._fd, fuse.IOC_BACKING_CLOSE, fuse.BACKING_ID.pack(backing_id))
 
     # -- serving ---------------------------------------------------------------------------------------------------
 
@@ -306,10 +331,15 @@ class NativeChannel:
             self._answer(unique, errno.EPROTO, ())
             return
         major, minor, readahead, offered = fuse.INIT_IN.unpack_from(body)
+        if offered & InitFlag.INIT_EXT and len(body) >= fuse.INIT_IN_EXT.size:
+            offered |= fuse.INIT_IN_EXT.unpack_from(body)[4] << 32
         if major > fuse.MAJOR:  # the kernel asks again with ours
             self._answer(unique, 0, (fuse.INIT_OUT.pack(fuse.MAJOR, fuse.MINOR, *[0] * 11),))
             return
-        flags = (_WANTED | (_LOCKS if self._has_locks else 0)) & InitFlag(offered & int(_WANTED | _LOCKS))
+        wanted = _WANTED | (_LOCKS if self._has_locks else 0)
+        if self.wants_passthrough and InitFlag(offered & int(_PASSTHROUGH)) == _PASSTHROUGH:
+            wanted |= _PASSTHROUGH
+        flags = InitFlag(offered & int(wanted))
         if major < fuse.MAJOR or minor < fuse.MINOR_MIN or flags & _NEEDED != _NEEDED:
             log.error("this kernel's FUSE is too old", version=f"{major}.{minor}", flags=f"{offered:#x}")
             self._answer(unique, errno.EPROTO, ())
@@ -318,8 +348,8 @@ class NativeChannel:
             return
         self.flags = flags
         out = fuse.INIT_OUT.pack(
-            fuse.MAJOR, min(minor, fuse.MINOR), readahead, int(flags), _UNLIMITED, _UNLIMITED, fuse.MAX_WRITE, 1,
-            _PAGES, 0, 0, 0, 0,
+            fuse.MAJOR, min(minor, fuse.MINOR), readahead, int(flags) & _U32, _UNLIMITED, _UNLIMITED, fuse.MAX_WRITE, 1,
+            _PAGES, 0, int(flags) >> 32, fuse.STACK_DEPTH if self.has_passthrough else 0, 0,
         )  # fmt: skip
         self._answer(unique, 0, (out,))
         log.debug("FUSE agreed upon", kernel=f"{major}.{minor}", flags=str(flags))

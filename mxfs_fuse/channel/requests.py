@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 from pyfuse3 import FileInfo
 
 from mxfs_fuse.channel.replies import Listing, attr_out
-from mxfs_fuse.channel.types import Attributes, Context, Fields, FileLock
+from mxfs_fuse.channel.types import Attributes, Context, Fields, FileLock, Opened
 from mxfs_fuse.operations import Operations
 from mxfs_proto import fuse
 from mxfs_proto.fuse import Opcode, OpenFlag, SetAttr
@@ -49,7 +49,7 @@ class Dispatcher:
 
     async def undo(self, request: Request, parts: Parts) -> None:
         """The kernel did not take an answer, since its caller was interrupted: take back what it stands for."""
-        if request.opcode in (Opcode.OPEN, Opcode.CREATE):
+        if request.opcode in (Opcode.OPEN, Opcode.CREATE, Opcode.TMPFILE):
             fh = fuse.OPEN_OUT.unpack(parts[-1])[0]
             await self._ops.flush(fh)
             await self._ops.release(fh)
@@ -165,6 +165,11 @@ class Dispatcher:
         info, entry = await self._ops.create(r.nodeid, r.names[0], mode, flags, r.ctx)
         return (entry, _opened(info))
 
+    async def _tmpfile(self, r: Request) -> Parts:
+        flags, mode = r.fields[:2]
+        info, entry = await self._ops.tmpfile(r.nodeid, mode, flags, r.ctx)
+        return (entry, _opened(info))
+
     async def _read(self, r: Request) -> Parts:
         fh, offset, size = r.fields[:3]
         return (await self._ops.read(fh, offset, size),)
@@ -273,7 +278,9 @@ class Dispatcher:
         return ()
 
 
-_LOOKS_UP = frozenset({Opcode.LOOKUP, Opcode.SYMLINK, Opcode.MKNOD, Opcode.MKDIR, Opcode.LINK, Opcode.CREATE})
+_LOOKS_UP = frozenset(
+    {Opcode.LOOKUP, Opcode.SYMLINK, Opcode.MKNOD, Opcode.MKDIR, Opcode.LINK, Opcode.CREATE, Opcode.TMPFILE}
+)
 """What they return is an entry, by which the kernel has one more reference."""
 
 
@@ -291,7 +298,7 @@ def _sized(value: bytes, size: int) -> Parts:
     return (value,)
 
 
-def _opened(info: FileInfo) -> bytes:
+def _opened(info: FileInfo | Opened) -> bytes:
     flags = OpenFlag(0)
     if info.direct_io:
         flags |= OpenFlag.DIRECT_IO
@@ -299,7 +306,9 @@ def _opened(info: FileInfo) -> bytes:
         flags |= OpenFlag.KEEP_CACHE
     if info.nonseekable:
         flags |= OpenFlag.NONSEEKABLE
-    return fuse.OPEN_OUT.pack(info.fh, flags, 0)
+    if not isinstance(info, Opened):
+        return fuse.OPEN_OUT.pack(info.fh, flags, 0)
+    return fuse.OPEN_OUT.pack(info.fh, flags | OpenFlag.PASSTHROUGH, info.backing_id)
 
 
 def _lock(fields: tuple[int, ...]) -> FileLock:

@@ -47,3 +47,15 @@ class FileLock:
     type: int
     pid: int
     flock: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A file that the kernel reads and writes by itself (pyfuse3.FileInfo, and a *backing_id*); with *direct_io* only
+    through mappings."""
+
+    fh: int
+    backing_id: int
+    direct_io: bool
+    keep_cache: bool = False
+    nonseekable: bool = False

@@ -7,26 +7,24 @@ be replayed is never thrown away.
 
 import argparse
 import ctypes
-import errno
 import json
-import os
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
-from typing import IO, Any, NoReturn
+from typing import IO, Any
 
 from mxfs_proto.errors import IoFailure, MediaError, MxfsError
-from mxfs_proto.ondisk import ForeignRecord, OtherVersion, format_uuid
+from mxfs_proto.ondisk import DeviceTooSmall, ForeignRecord, OtherVersion, format_uuid
 from mxfs_proto.xfs_sb import NotXfs
-from mxfsd.cli.mkfs import hide_fuse_mounts, objection
-from mxfsd.cli.mount import MountError, check_not_running, check_unused, what_instead
+from mxfsd import xfsprogs
+from mxfsd.cli.device import check_device, explain, kinds
+from mxfsd.cli.mount import MountError, check_not_running, what_instead
+from mxfsd.cli.oneline import OneLineParser
 from mxfsd.hold import Hold
 from mxfsd.io.clock import now_ms
-from mxfsd.io.disk import is_read_only
 from mxfsd.io.lockspace import Lockspace
 from mxfsd.lockcheck import Damage, Stale, find_damage, repair, watch_nodes
 from mxfsd.options import MountOptions
@@ -78,41 +76,16 @@ def say(text: str) -> None:
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 
-def check_device(device: str, *, writable: bool) -> None:
-    """Check what can be seen without reading the device. Raises CannotCheck."""
-    reason = objection(device, "check")
-    if reason:
-        raise CannotCheck(reason)
-    try:
-        check_unused(device)
-        fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            if writable and is_read_only(fd):
-                raise CannotCheck(f"{device} is read-only: check it with -n, or make it writable (blockdev --setrw)")
-        finally:
-            os.close(fd)
-    except MountError as error:
-        raise CannotCheck(f"{device} {error}: unmount it first") from None
-    except OSError as error:
-        raise CannotCheck(f"{device}: {error.strerror}: check that the device works") from None
-
-
 def open_volume(device: str, *, writable: bool) -> tuple[Lockspace, bool]:
     """Return the lockspace, and whether there is an XFS superblock that belongs to it. Raises CannotCheck."""
     try:
         try:
             return Lockspace.open(device, readonly=not writable), True
         except NotXfs:
-            kind = subprocess.run(
-                ["blkid", "-p", "-o", "value", "-s", "TYPE", "-s", "PTTYPE", device],
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            if kind.stdout.split() not in ([], ["xfs"]):
+            held = kinds(device)
+            if held not in ([], ["xfs"]):
                 raise CannotCheck(
-                    f"{device} holds {' and '.join(kind.stdout.split())} where the volume's XFS was: "
-                    "mkfs.mxfs -f makes a new volume"
+                    f"{device} holds {' and '.join(held)} where the volume's XFS was: mkfs.mxfs -f makes a new volume"
                 ) from None
             return Lockspace.open(device, readonly=not writable, check_xfs=False), False
     except ForeignRecord as error:
@@ -120,18 +93,12 @@ def open_volume(device: str, *, writable: bool) -> tuple[Lockspace, bool]:
         raise CannotCheck(detail if "belongs to" in detail else f"{device} {what_instead(device, detail)}") from None
     except OtherVersion as error:
         raise CannotCheck(f"{device}: {error}: check it with the mxfs that its nodes run") from None
+    except DeviceTooSmall as error:
+        raise CannotCheck(str(error)) from None
     except MediaError as error:
         raise CannotCheck(
             f"{device}: no copy of the lockspace's header is good ({error}): nothing can be repaired without it"
         ) from None
-
-
-def reserved(device: str) -> CannotCheck:
-    """Return what to say where the disk refuses this host."""
-    return CannotCheck(
-        f"{device} is reserved by others and does not let this host read: see who they are with mxfs pr {device}, "
-        "unmount the volume there, or mount and unmount it here once if those nodes are dead"
-    )
 
 
 # -- the XFS -----------------------------------------------------------------------------------------------------------
@@ -139,7 +106,7 @@ def reserved(device: str) -> CannotCheck:
 
 def _before_exec() -> None:
     """In the child: no FUSE mount that may hang in sight, and no life after this program, whose hold protects it."""
-    hide_fuse_mounts()
+    xfsprogs.hide_fuse_mounts()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
@@ -148,7 +115,7 @@ def xfs_repair(device: str, *options: str, hold: Hold | None = None) -> tuple[in
 
     With *hold* it is killed before that ends. Raises CannotCheck, IoFailure.
     """
-    tool = shutil.which("xfs_repair") or "/usr/sbin/xfs_repair"
+    tool = xfsprogs.program("xfs_repair")
     if _gone(hold):
         raise IoFailure(_not_held(hold))
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
@@ -158,7 +125,7 @@ def xfs_repair(device: str, *options: str, hold: Hold | None = None) -> tuple[in
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "LC_ALL": "C"},
+                env=xfsprogs.environment(),
                 preexec_fn=_before_exec,
             )
         except OSError as error:
@@ -226,10 +193,10 @@ def check_xfs(result: Result) -> None:
     result.xfs_says = [] if dirty else lines
 
 
-def repair_xfs(result: Result) -> None:
+def repair_xfs(result: Result, pr_device: str | None) -> None:
     """Repair the XFS while no node can mount it. Raises MxfsError."""
     say("holding the volume for xfs_repair")
-    with Hold(result.device, "fsck") as hold:
+    with Hold(result.device, "fsck", pr_device) as hold:
         result.held = f"slot {hold.slot}, epoch {hold.epoch}"
         _, again, dirty = xfs_repair(result.device, "-n", hold=hold)
         if dirty:
@@ -252,16 +219,19 @@ def repair_xfs(result: Result) -> None:
 # -- the whole ---------------------------------------------------------------------------------------------------------
 
 
-def check(device: str, *, change: bool) -> Result:
-    """Check the volume, and repair it if *change*. Raises MxfsError: it was not (wholly) checked."""
-    check_device(device, writable=change)
+def check(device: str, *, change: bool, pr_device: str | None = None) -> Result:
+    """Check the volume, and repair it if *change*. Raises MxfsError: it was not (wholly) checked.
+
+    *pr_device*: where the persistent reservations are, if not at the device.
+    """
+    check_device(device, "check", "check it with -n, or make it writable (blockdev --setrw)" if change else "")
     try:
-        return _check(device, change=change)
+        return _check(device, change=change, pr_device=pr_device)
     except IoFailure as error:
-        raise CannotCheck(_reason(device, error)) from None
+        raise CannotCheck(explain(device, error)) from None
 
 
-def _check(device: str, *, change: bool) -> Result:
+def _check(device: str, *, change: bool, pr_device: str | None) -> Result:
     lockspace, has_xfs = open_volume(device, writable=change)
     try:
         uuid = format_uuid(lockspace.volume)
@@ -275,7 +245,7 @@ def _check(device: str, *, change: bool) -> Result:
             if change:
                 repair(lockspace, result.records)
         except MxfsError as error:
-            result.failure = _reason(device, error)
+            result.failure = explain(device, error)
             return result
     finally:
         lockspace.close()
@@ -283,15 +253,10 @@ def _check(device: str, *, change: bool) -> Result:
         try:
             check_xfs(result)
             if change and result.xfs == "corrupt":
-                repair_xfs(result)
+                repair_xfs(result, pr_device)
         except MxfsError as error:
-            result.failure = _reason(device, error)
+            result.failure = explain(device, error)
     return result
-
-
-def _reason(device: str, error: MxfsError) -> str:
-    """Return the one line. EBADE is the block layer's word for RESERVATION CONFLICT."""
-    return str(reserved(device) if error.errno == errno.EBADE else error)
 
 
 def as_json(result: Result) -> dict[str, Any]:
@@ -339,13 +304,10 @@ def render(result: Result) -> str:
     return "\n".join(lines)
 
 
-class _Parser(argparse.ArgumentParser):
-    """One line and exit code 8, as for every other refusal."""
+class _Parser(OneLineParser):
+    """fsck(8) has a code of its own for what was not done."""
 
-    def error(self, message: str) -> NoReturn:
-        """See the class."""
-        print(f"{self.prog}: {message} (see {self.prog} --help)", file=sys.stderr)
-        sys.exit(EXIT_FAILED)
+    refused = EXIT_FAILED
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
@@ -358,6 +320,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
     made.add_argument("device", help="block device with an MXFS volume")
     made.add_argument("-n", dest="no_change", action="store_true", help="only look: change nothing")
     made.add_argument("--json", action="store_true", help="print JSON")
+    made.add_argument("--prdev", metavar="DEV", help="as the mount option prdev=, where the nodes have it")
     return made
 
 
@@ -393,7 +356,7 @@ def _run(prog: str, options: argparse.Namespace) -> int:
 
         log.configure(level="warning")
     try:
-        result = check(options.device, change=not options.no_change)
+        result = check(options.device, change=not options.no_change, pr_device=options.prdev)
     except MxfsError as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return EXIT_FAILED

@@ -1,20 +1,12 @@
 """``mkfs.mxfs``: XFS on all but the tail of a device, the lockspace in the tail."""
 
 import argparse
-import ctypes
-import os
 import re
-import shutil
-import stat
-import subprocess
 import sys
-import time
-from typing import NoReturn
 
 from mxfs_proto.errors import IoFailure, MediaError, MisuseError, MxfsError
 from mxfs_proto.ondisk import (
     DEFAULT_LOCKSPACE_BYTES,
-    KEY_BYTES,
     LABEL_BYTES,
     MAX_LOCKSPACE_BYTES,
     MIN_LOCKSPACE_BYTES,
@@ -23,19 +15,18 @@ from mxfs_proto.ondisk import (
     format_uuid,
 )
 from mxfs_proto.xfs_sb import XfsSuper
+from mxfsd import xfsprogs
+from mxfsd.cli.device import WRITABLE, check_device, explain, kinds
+from mxfsd.cli.oneline import OneLineParser
 from mxfsd.core.watch import Watch
 from mxfsd.info import MAX_WATCH_MS, watch_slots
-from mxfsd.io.disk import Disk, device_size, is_read_only
-from mxfsd.io.lockspace import Lockspace, format_lockspace, read_header
+from mxfsd.io.disk import Disk
+from mxfsd.io.lockspace import Lockspace, format_lockspace, new_header, read_header
 
 XFS_MIN_BYTES = 300 << 20
 """mkfs.xfs(8) refuses smaller file systems."""
 _MIB = 1 << 20
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
-_BLKID_NOTHING = 2
-_CLONE_NEWNS = 0x20000
-_MS_REC, _MS_PRIVATE = 0x4000, 0x40000
-_MNT_DETACH, _UMOUNT_NOFOLLOW = 2, 8
 
 
 class Refusal(MxfsError):
@@ -50,18 +41,9 @@ def parse_size(text: str) -> int:
     return int(match[1]) * _UNITS[match[2]]
 
 
-class _Parser(argparse.ArgumentParser):
-    """One line and exit code 1, as for every other refusal."""
-
-    def error(self, message: str) -> NoReturn:
-        """See the class."""
-        print(f"mkfs.mxfs: {message} (see mkfs.mxfs --help)", file=sys.stderr)
-        sys.exit(1)
-
-
 def parser() -> argparse.ArgumentParser:
     """Return the parser of what comes before ``--``."""
-    made = _Parser(
+    made = OneLineParser(
         prog="mkfs.mxfs", description="Make an MXFS volume.", usage="%(prog)s DEVICE [-f] [-L label] "
         "[--lockspace-size SIZE] [-- mkfs.xfs options]"
     )  # fmt: skip
@@ -96,33 +78,6 @@ def check_options(options: argparse.Namespace, extra: list[str]) -> int:
     return size
 
 
-def objection(device: str, what: str) -> str:
-    """Return why this program cannot do *what* to the device at all, empty where it can."""
-    try:
-        mode = os.stat(device).st_mode
-    except OSError as error:
-        return f"{device}: {error.strerror}: name an existing block device"
-    if stat.S_ISREG(mode):
-        return f"{device} is a regular file: attach it with losetup and name the loop device"
-    if not stat.S_ISBLK(mode):
-        return f"{device} is not a block device: name one"
-    return f"{device}: only root can {what} a device: use sudo" if os.geteuid() != 0 else ""
-
-
-def check_device(device: str) -> None:
-    """Check what can be seen without opening the device for writing. Raises Refusal."""
-    reason = objection(device, "format")
-    if reason:
-        raise Refusal(reason)
-    status = os.stat(device)
-    number = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as mounts:
-        for line in mounts:
-            fields = line.split()
-            if fields[2] == number:
-                raise Refusal(f"{device} is mounted at {fields[4]}: unmount it first")
-
-
 def check_nobody_uses(device: str) -> None:
     """Look whether a node beats in the lockspace that is there now, if any. Raises Refusal."""
     try:
@@ -140,70 +95,19 @@ def check_nobody_uses(device: str) -> None:
 
 
 def check_contents(device: str, force: bool) -> None:
-    """Refuse to overwrite a file system, a partition table or anything else that blkid knows. Raises Refusal."""
-    if force:
-        return
-    try:
-        found = subprocess.run(
-            ["blkid", "-p", "-o", "value", "-s", "TYPE", "-s", "PTTYPE", device],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    except OSError as error:
-        raise Refusal(f"cannot run blkid to look at {device}: {error.strerror}: install util-linux") from error
-    if found.returncode == _BLKID_NOTHING:
-        return
-    kind = " and ".join(found.stdout.split()) or "something that blkid cannot tell apart"
-    raise Refusal(f"{device} holds {kind}: use -f to overwrite it")
-
-
-def open_device(device: str) -> Disk:
-    """Open the device for this program alone. Raises Refusal."""
-    try:
-        fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise Refusal(f"{device}: {error.strerror}: check that the device works") from error
-    try:
-        if is_read_only(fd):
-            raise Refusal(f"{device} is read-only: make it writable (blockdev --setrw)")
-        device_size(fd)
-    finally:
-        os.close(fd)
-    try:
-        return Disk(device, exclusive=True)
-    except IoFailure as error:
-        raise Refusal(f"{error}: something on this host uses it, stop that first") from error
-
-
-def hide_fuse_mounts() -> None:
-    """Leave the mount namespace and detach all FUSE mounts in the new one; runs in the child before mkfs.xfs.
-
-    mkfs.xfs stats every mount of the host, and a volume that is frozen (its home is being recovered, say) answers no
-    stat: formatting one disk must not wait for another one. What it would find out has been checked by then. A failure
-    is no reason to stop: the worst that happens is such a wait.
-    """
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.unshare(_CLONE_NEWNS) != 0 or libc.mount(None, b"/", None, _MS_REC | _MS_PRIVATE, None) != 0:
-        return
-    with open("/proc/self/mountinfo", "rb") as mounts:
-        lines = [line.split() for line in mounts]
-    for fields in reversed(lines):
-        if fields[fields.index(b"-") + 1].startswith(b"fuse"):
-            target = fields[4].decode("unicode_escape").encode("latin-1")
-            libc.umount2(target, _MNT_DETACH | _UMOUNT_NOFOLLOW)
+    """Refuse to overwrite a file system, a partition table or anything that blkid knows. Raises Refusal, NoBlkid."""
+    kind = "" if force else " and ".join(kinds(device))
+    if kind:
+        raise Refusal(f"{device} holds {kind}: use -f to overwrite it")
 
 
 def mkfs_xfs(device: str, size: int, label: str, extra: list[str], *, dry_run: bool) -> None:
     """Run mkfs.xfs(8) on the first *size* bytes. Raises Refusal (dry run) or IoFailure with its first line."""
-    tool = shutil.which("mkfs.xfs") or "/usr/sbin/mkfs.xfs"
-    command = [tool, "-f", "-q", *(["-N"] if dry_run else []), *(["-L", label] if label else [])]
-    command += ["-d", f"size={size}", *extra, device]
+    options = ["-f", "-q", *(["-N"] if dry_run else []), *(["-L", label] if label else [])]
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, preexec_fn=hide_fuse_mounts
-        )
+        done = xfsprogs.run("mkfs.xfs", *options, "-d", f"size={size}", *extra, device)
     except OSError as error:
+        tool = xfsprogs.program("mkfs.xfs")
         raise Refusal(f"cannot run {tool}: {error.strerror}: install xfsprogs") from error
     if done.returncode != 0:
         lines = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
@@ -228,9 +132,9 @@ def wipe_headers(disk: Disk) -> None:
 def make_volume(device: str, options: argparse.Namespace, extra: list[str]) -> HeaderRecord:
     """Check everything, then format. Raises MxfsError; a Refusal means that nothing was changed."""
     lockspace_bytes = check_options(options, extra)
-    check_device(device)
+    check_device(device, "format", WRITABLE)
     check_nobody_uses(device)
-    with open_device(device) as disk:
+    with Disk(device, exclusive=True) as disk:
         end = disk.size - disk.size % RECORD_BYTES
         offset = end - lockspace_bytes
         xfs_bytes = offset - offset % _MIB
@@ -242,7 +146,7 @@ def make_volume(device: str, options: argparse.Namespace, extra: list[str]) -> H
     try:
         return write_volume(device, options.label, extra, xfs_bytes, lockspace_bytes)
     except MxfsError as error:
-        raise IoFailure(f"{error}; the device holds no usable volume now", error.errno) from error
+        raise IoFailure(f"{explain(device, error)}; the device holds no usable volume now") from error
 
 
 def write_volume(device: str, label: str, extra: list[str], xfs_bytes: int, lockspace_bytes: int) -> HeaderRecord:
@@ -255,16 +159,7 @@ def write_volume(device: str, label: str, extra: list[str], xfs_bytes: int, lock
         xfs = XfsSuper.decode(disk.read(0, RECORD_BYTES))
         if not XFS_MIN_BYTES <= xfs.size <= offset:
             raise IoFailure(f"mkfs.xfs made a file system of {xfs.size} bytes instead of {xfs_bytes}")
-        header = HeaderRecord(
-            xfs.uuid,
-            os.urandom(KEY_BYTES),
-            xfs.label,
-            disk.size,
-            offset,
-            lockspace_bytes,
-            xfs.size,
-            int(time.time()),
-        )
+        header = new_header(disk, xfs, lockspace_bytes)
         format_lockspace(disk, header)
     return header
 
@@ -275,7 +170,7 @@ def main(args: list[str] | None = None) -> int:
     try:
         header = make_volume(options.device, options, extra)
     except MxfsError as error:
-        print(f"mkfs.mxfs: {error}", file=sys.stderr)
+        print(f"mkfs.mxfs: {explain(options.device, error)}", file=sys.stderr)
         return 1
     print(
         f"{options.device}: MXFS volume {format_uuid(header.volume)}"

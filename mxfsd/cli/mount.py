@@ -22,7 +22,6 @@ from mxfsd.options import MountOptions, parse
 FLAGS = "sfnvrwo:t:N:"
 """For getopt(3): what mount(8) may call a helper with."""
 USAGE = "usage: mount.mxfs DEVICE|UUID=…|LABEL=… DIR [-sfnvrw] [-N namespace] [-o options] [-t mxfs]"
-READY_S = 30.0
 LOCK_S = 40.0
 UMOUNT_S = 10.0
 EXIT_USAGE, EXIT_SYSTEM, EXIT_INTERRUPT, EXIT_MOUNT = 1, 2, 8, 32
@@ -107,7 +106,10 @@ def resolve(spec: str) -> str:
     )
     device = found.stdout.strip().partition("\n")[0]
     if found.returncode != 0 or not device:
-        raise MountError(f"no device with {tag} {value} (blkid shows those that there are)")
+        raise MountError(
+            f"no device with {tag} {value} (blkid shows those that there are; a disk that other nodes have reserved "
+            "cannot be read: name it by /dev/disk/by-id)"
+        )
     return device
 
 
@@ -173,15 +175,17 @@ def _is_device(source: str, number: int) -> bool:
     return stat.S_ISBLK(status.st_mode) and status.st_rdev == number
 
 
-def volume_uuid(device: str) -> str:
+def volume_uuid(device: str, pr_device: str | None = None) -> str:
     """Return the uuid of the MXFS volume on the device (text form); MountError says what is there instead."""
-    from mxfs_proto.ondisk import ForeignRecord, format_uuid
+    from mxfs_proto.ondisk import DeviceTooSmall, ForeignRecord, format_uuid
     from mxfsd.admission import volume_of
 
     try:
-        return format_uuid(volume_of(device))
+        return format_uuid(volume_of(device, pr_device))
     except ForeignRecord as error:
         raise MountError(what_instead(device, str(error))) from None
+    except DeviceTooSmall as error:
+        raise MountError(str(error)) from None
     except MediaError as error:
         raise MountError(f"damaged lockspace: {error}") from None
     except MxfsError as error:
@@ -190,22 +194,23 @@ def volume_uuid(device: str) -> str:
 
 def what_instead(device: str, detail: str) -> str:
     """Return what is on a device that has no MXFS volume, and what to do about it."""
-    import subprocess
+    from mxfsd.cli.device import NoBlkid, kinds
 
-    found = subprocess.run(
-        ["blkid", "-p", "-o", "value", "-s", "TYPE", device],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    kind = found.stdout.strip()
-    if not kind:
+    try:
+        held = " and ".join(kinds(device))
+    except NoBlkid as error:
+        return f"is no MXFS volume ({detail}); {error}"
+    if not held:
         return f"holds no file system: make a volume with mkfs.mxfs {device} ({detail})"
-    name = "plain XFS" if kind == "xfs" else kind
+    if held == "xfs":
+        # Where an XFS was adopted after its device had grown, a host that has not noticed sees nothing else.
+        return (
+            "holds plain XFS, no MXFS volume, as this host sees it: if it is one elsewhere, rescan the device here; "
+            f"mxfs adopt {device} makes it one, mkfs.mxfs -f {device} destroys it ({detail})"
+        )
     return (
-        f"holds {name}, no MXFS volume: mount -t {kind}, or replace it by mkfs.mxfs -f {device}, "
-        f"which destroys it ({detail})"
+        f"holds {held}, no MXFS volume: mount it as that, or replace it by mkfs.mxfs -f {device}, which destroys it "
+        f"({detail})"
     )
 
 
@@ -241,7 +246,7 @@ def clear_dead_mount(directory: str, options: MountOptions) -> None:
     if mount is None or not mountinfo.is_mxfs(mount):
         return
     try:
-        run_dir = options.run_dir(volume_uuid(mount.source))
+        run_dir = options.run_dir(volume_uuid(mount.source, options.pr_device))
     except MountError:
         return  # check_directory says what is there
     fuse = rundir.recall(run_dir, rundir.FUSE)
@@ -300,7 +305,7 @@ def mount_volume(
     device = check_device(resolve(spec))
     options = replace(options, state=os.path.abspath(options.run_root))
     with _DeviceLock(device):
-        uuid = volume_uuid(device)
+        uuid = volume_uuid(device, options.pr_device)
         run_dir = options.run_dir(uuid)
         check_not_running(run_dir)
         check_unused(device)
@@ -315,13 +320,20 @@ def mount_volume(
             else:
                 from mxfsd.cli.systemd import start_unit
 
-                start_unit(unit, device, mountpoint, options, run_dir, READY_S)
+                start_unit(unit, device, mountpoint, options, run_dir, ready_s(options))
             mounted = Mounted(device, mountpoint, uuid, run_dir, started)
             _record(mounted)
         except BaseException:
             _clear(mountpoint, run_dir, kept)
             raise
         return mounted
+
+
+def ready_s(options: MountOptions) -> float:
+    """Return for how many seconds the daemon is waited for."""
+    from mxfsd.core.timeouts import Timeouts
+
+    return Timeouts.named(options.timeouts).ready_ms / 1000
 
 
 def _prepare_run_dir(run_dir: str) -> frozenset[str]:
@@ -351,7 +363,7 @@ def _start_direct(
     except OSError as error:
         raise MountError(f"cannot start the daemon: {error}", EXIT_SYSTEM) from None
     try:
-        spawn.wait_ready(ready_fd, READY_S, log_path)
+        spawn.wait_ready(ready_fd, ready_s(options), log_path)
     except BaseException as error:
         daemon.end()
         if isinstance(error, spawn.DaemonFailed):

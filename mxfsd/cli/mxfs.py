@@ -20,7 +20,7 @@ SYNC_S = 600.0
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the parser of everything but ``lab``, ``info``, ``pr`` and ``fsck``, which have their own."""
+    """Return the parser; ``lab``, ``info``, ``pr``, ``grow``, ``adopt`` and ``fsck`` have parsers of their own."""
     top = argparse.ArgumentParser(prog="mxfs", description="Look after MXFS volumes.")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -44,6 +44,8 @@ def parser() -> argparse.ArgumentParser:
     with_volume(locks)
     add("info", "show a device's lockspace: mxfs info DEVICE [--json]")
     add("pr", "show who is registered at the disk, its persistent reservations: mxfs pr DEVICE [--json]")
+    add("grow", "give a volume that no node has the new room of its device: mxfs grow DEVICE")
+    add("adopt", "make a volume of an XFS whose device has grown: mxfs adopt DEVICE [-f]")
     add("fsck", "check and repair a volume that no node has: mxfs fsck DEVICE [-n] [--json]")
     home = add("home", "move the home of a volume: mxfs home move NODE")
     actions = home.add_subparsers(dest="action", required=True, metavar="move")
@@ -99,6 +101,14 @@ def _dispatch(words: list[str]) -> int:
         from mxfsd.cli.fsck import main_fsck
 
         return main_fsck(words[1:])
+    if words[:1] == ["grow"]:
+        from mxfsd.cli.grow import main_grow
+
+        return main_grow(words[1:])
+    if words[:1] == ["adopt"]:
+        from mxfsd.cli.adopt import main_adopt
+
+        return main_adopt(words[1:])
     arguments = parser().parse_args(words)
     match arguments.command:
         case "status":

@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import faulthandler
 import os
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mxfsd.daemon import Daemon
+    from mxfsd.io.servicemanager import ServiceManager
     from mxfsd.options import MountOptions
 
 
@@ -21,6 +23,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--run-dir")
     made.add_argument("--ready-fd", type=int, default=-1)
     made.add_argument("--supervised", action="store_true", help="a service manager starts it again where it fails")
+    made.add_argument("--fuse-pid", type=int, default=0, help="go on with this FUSE process, or with none")
     return made
 
 
@@ -31,39 +34,58 @@ def main() -> int:
     layer waits for the next daemon. 1: not mounted, or not gone on with.
     """
     args = parser().parse_args()
+    # A watchdog that ends a daemon whose event loop hangs does it by SIGABRT: the log then says where it hung.
+    faulthandler.enable()
 
     from mxfsd import log, options
+    from mxfsd.io import libc
+    from mxfsd.io.servicemanager import ServiceManager
 
+    manager = ServiceManager.take(os.environ)
+    libc.keep_freed_memory()
     parsed = options.parse(args.options)
     log.configure(level=parsed.log)
-    return asyncio.run(_serve(args, parsed))
+    return asyncio.run(_serve(args, parsed, manager))
 
 
-async def _serve(args: argparse.Namespace, parsed: object) -> int:
+async def _serve(args: argparse.Namespace, parsed: object, manager: "ServiceManager") -> int:
     import structlog
 
     from mxfs_proto.errors import MxfsError, Refusal
     from mxfsd import reattach
     from mxfsd.daemon import Daemon
     from mxfsd.options import MountOptions
+    from mxfsd.report import in_words
 
     assert isinstance(parsed, MountOptions)
     logger = structlog.get_logger("mxfsd")
     daemon: Daemon | None = None
     status = 0
+    last = ""
     try:
         run_dir = _run_dir(args, parsed)
         run_dir.mkdir(parents=True, exist_ok=True)
-        daemon = Daemon(args.device, args.mountpoint, parsed, run_dir, supervised=args.supervised)
+        daemon = Daemon(
+            args.device,
+            args.mountpoint,
+            parsed,
+            run_dir,
+            supervised=args.supervised,
+            goes_on_with=args.fuse_pid,
+            manager=manager,
+        )
         await daemon.start()
+        manager.ready(in_words(daemon))
         _say(args.ready_fd, "ready")
-        reason = await daemon.run()
-        logger.info("leaving", reason=reason)
+        last = await daemon.run()
+        logger.info("leaving", reason=last)
     except reattach.NothingToServe as exc:
-        logger.info("nothing to serve", reason=str(exc))
+        last = str(exc)
+        logger.info("nothing to serve", reason=last)
     except (MxfsError, OSError) as exc:
         logger.error("mxfsd failed", reason=str(exc))
-        _say(args.ready_fd, f"error: {exc}".replace("\n", " "))
+        last = f"error: {exc}".replace("\n", " ")
+        _say(args.ready_fd, last)
         status = 1
         if daemon is not None and daemon.adopted:
             if isinstance(exc, Refusal):
@@ -73,6 +95,7 @@ async def _serve(args: argparse.Namespace, parsed: object) -> int:
                 daemon.failed = True
     except Exception:
         logger.exception("mxfsd failed")
+        last = "error: an internal error, see the log"
         if daemon is not None:
             daemon.failed = daemon.adopted
         status = 1
@@ -81,6 +104,7 @@ async def _serve(args: argparse.Namespace, parsed: object) -> int:
             # As if killed: the heartbeat process does what is due then, and the FUSE layer waits for the next daemon.
             sys.stderr.flush()
             os._exit(reattach.EXIT_FAILED)
+        manager.leaving(last, clean=status == 0)
         if daemon is not None:
             await _leave(daemon)
     return status
@@ -105,7 +129,7 @@ def _run_dir(args: argparse.Namespace, parsed: "MountOptions") -> Path:
 
     from mxfsd.admission import volume_of
 
-    return Path(parsed.run_dir(str(uuid.UUID(bytes=volume_of(args.device)))))
+    return Path(parsed.run_dir(str(uuid.UUID(bytes=volume_of(args.device, parsed.pr_device)))))
 
 
 def _say(fd: int, line: str) -> None:

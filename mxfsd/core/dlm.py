@@ -55,6 +55,8 @@ _MAY_KEEP, _UNASKED, _RECLAIM = int(LockFlag.MAY_KEEP), int(LockFlag.UNASKED), i
 
 PASS_LIMIT = 4
 """So many conversions may go ahead of a waiter that came before them."""
+LINGER_BATCH = 500
+"""So many resources go back to the home in one tick at most: thousands at once would keep the others waiting."""
 _STAMP_MS = 100
 
 
@@ -80,6 +82,7 @@ class LockMaster:
         self._waiting: dict[int, Record] = {}
         self._queued: dict[tuple[int, int], Record] = {}
         self._lingering: dict[int, int] = {}
+        self._pinned: set[int] = set()
         self._seq = first_seq - 1
         self._grace = False
         self._served = False
@@ -180,10 +183,17 @@ class LockMaster:
         self._pump(rec, now_ms, out)
         return out
 
-    def opens_update(self, now_ms: int, node: int, ino: int, opens: Opens) -> list[Effect]:
-        """A node reports how many descriptors it has open (absolute counts)."""
+    def opens_update(self, now_ms: int, node: int, ino: int, opens: Opens, pinned: bool = False) -> list[Effect]:
+        """A node reports how many descriptors it has open (absolute counts).
+
+        *pinned*, of the home: its kernel may write the file without asking. Until the next report says otherwise no
+        other node is given a lock to cache it under, but for the upcalls of a descriptor that is cached for its life:
+        such a lock is called back at once. Operations run beside the kernel's writes.
+        """
         out: list[Effect] = []
         rec = self._records.get(ino)
+        if rec is not None and node == self._home:
+            self._pin_file(rec, pinned, out)
         if rec is None:
             if node == self._home or not (opens[0] or opens[1]):
                 return out
@@ -197,6 +207,20 @@ class LockMaster:
         self._set_opens(rec, node, opens)
         self._pump(rec, now_ms, out)
         return out
+
+    def _pin_file(self, rec: Record, pinned: bool, out: list[Effect]) -> None:
+        if not pinned:
+            self._pinned.discard(rec.ino)
+        elif rec.ino not in self._pinned:
+            self._pinned.add(rec.ino)
+            for hold in rec.held:
+                self._call_back_cached(rec, hold, out)
+
+    def _call_back_cached(self, rec: Record, hold: Hold, out: list[Effect]) -> None:
+        """Another node may cache a file that the home's kernel writes: not for long."""
+        if hold.node != self._home and COVERS[hold.mode][_PR]:
+            self.basts += 1
+            out.append(Bast(hold.node, rec.ino, hold.seq, _EX, FLAGS[0]))
 
     def reclaim(self, now_ms: int, node: int, ino: int, mode: LockMode, opens: Opens) -> list[Effect]:
         """A node names a lock it holds: after a change of home, or because its connection was lost.
@@ -228,6 +252,8 @@ class LockMaster:
             self.grants += 1
             flags = FLAGS[self._others(rec, node) | _RECLAIM]
             out.append(Grant(node, 0, ino, hold.mode, hold.seq, flags))
+            if ino in self._pinned:
+                self._call_back_cached(rec, hold, out)
         self._pump(rec, now_ms, out)
         return out
 
@@ -355,7 +381,7 @@ class LockMaster:
                 if now_ms - waiter.log_ms >= self._lock_wait_ms:
                     waiter.log_ms = now_ms
                     out.append(WaitLong(waiter.node, rec.ino, now_ms - waiter.at_ms))
-        while self._lingering:
+        for _ in range(min(LINGER_BATCH, len(self._lingering))):
             ino, due_ms = next(iter(self._lingering.items()))
             if due_ms > now_ms:
                 break
@@ -389,6 +415,10 @@ class LockMaster:
     def serving(self) -> bool:
         """Whether what is held and open is known of all nodes: not before, and not in, the grace period."""
         return self._served and not self._grace
+
+    def pinned(self, ino: int) -> bool:
+        """Whether the home's kernel may write the file without asking, as far as that matters to anybody else."""
+        return ino in self._pinned
 
     def opens_of(self, ino: int) -> dict[int, Opens]:
         """Return the registered (readers, writers) counts of each node that has any."""
@@ -645,6 +675,10 @@ class LockMaster:
         others = self._others(rec, node)
         own = rec.hold_of(node)
         whole = mode if own is None else JOIN[own.mode][mode]
+        pinned = node != self._home and rec.ino in self._pinned
+        if pinned and waiter.flags & (_OPEN | _ALT):
+            self._uncached(rec, waiter, out)
+            return
         if others and waiter.flags & (_OPEN | _ALT):
             # A writer caches only where no other node has the file open. (For ALT that is said of the whole mode: such
             # a grant may ride with a reply, which has no room for OTHER_OPEN.)
@@ -660,6 +694,8 @@ class LockMaster:
         hold = self._hold(rec, node, mode, now_ms)
         self.grants += 1
         out.append(Grant(node, waiter.req_id, rec.ino, mode, hold.seq, FLAGS[others]))
+        if pinned:
+            self._call_back_cached(rec, hold, out)
 
     def _uncached(self, rec: Record, waiter: Waiter, out: list[Effect]) -> None:
         if waiter.opens is not None:
@@ -687,6 +723,7 @@ class LockMaster:
                     return
                 out.append(Grant(home, 0, rec.ino, _EX, self._next(), FLAGS[_UNASKED]))
         if self._records.pop(rec.ino, None) is not None:
+            self._pinned.discard(rec.ino)  # the home says so again where its EX is called back
             self._lingering.pop(rec.ino, None)
             if home is not None:
                 self._take(rec, home)

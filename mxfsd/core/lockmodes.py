@@ -20,5 +20,5 @@ def _meet(a: LockMode, b: LockMode) -> LockMode:
 JOIN: tuple[tuple[LockMode, ...], ...] = tuple(tuple(_join(a, b) for b in LockMode) for a in LockMode)
 MEET: tuple[tuple[LockMode, ...], ...] = tuple(tuple(_meet(a, b) for b in LockMode) for a in LockMode)
 
-FLAGS: tuple[LockFlag, ...] = tuple(LockFlag(bits) for bits in range(256))
+FLAGS: tuple[LockFlag, ...] = tuple(LockFlag(bits) for bits in range(1 << len(LockFlag)))
 """Every combination, made once: making one costs as much as granting a lock."""

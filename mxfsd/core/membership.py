@@ -5,7 +5,8 @@ Fed with what the slots on the disk show (``on_slots``), with signs of life over
 
 * Suspect, Trusted: no contact for lease_ms; contact again.
 * DeclareDead: the node is to be fenced. Its slot did not move for node_dead_ms, it said itself that it failed, its
-  slot is another's, or it cannot be reached for node_dead_ms although its slot moves.
+  slot is another's, or it cannot be reached for node_dead_ms although its slot moves. A node whose slot says that its
+  daemon starts again has twice as long: it has dropped its caches, and to put it out costs its programs their data.
 * LeaseEnded: lease_ms passed since its last contact, and it was fenced where fences are asked for. Only now may what
   it held be granted to others. A new incarnation of the same node joins after that, not before.
 * Freeze, Thaw: this node's own slot does not move either: the disk is away, perhaps for everybody. Nobody is declared
@@ -22,6 +23,7 @@ from enum import Enum, auto
 from typing import Protocol
 
 from mxfs_proto.errors import MisuseError
+from mxfs_proto.ondisk import SlotState
 
 
 class MemberState(Enum):
@@ -67,8 +69,23 @@ class SlotSays(Enum):
 
     FREE = auto()
     CLAIMED = auto()
+    RESTARTING = auto()
+    """The next daemon is on its way."""
     LEFT = auto()
     FAILED = auto()
+
+
+_SAYS = {
+    SlotState.FREE: SlotSays.FREE,
+    SlotState.LEFT: SlotSays.LEFT,
+    SlotState.FAILED: SlotSays.FAILED,
+    SlotState.RESTARTING: SlotSays.RESTARTING,
+}
+
+
+def says(state: SlotState) -> SlotSays:
+    """Return what a slot's state means; any but these is a node whose counter counts."""
+    return _SAYS.get(state, SlotSays.CLAIMED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +184,16 @@ class MembershipTimeouts(Protocol):
 
 
 class _Member:
-    __slots__ = ("contact_ms", "fenced", "first", "incarnation", "next_incarnation", "slot_age_ms", "state")
+    __slots__ = (
+        "contact_ms",
+        "fenced",
+        "first",
+        "incarnation",
+        "next_incarnation",
+        "restarting",
+        "slot_age_ms",
+        "state",
+    )
 
     def __init__(self, now_ms: int) -> None:
         self.state = MemberState.ABSENT
@@ -178,6 +204,8 @@ class _Member:
         self.contact_ms = now_ms
         self.fenced = False
         self.slot_age_ms = 0
+        self.restarting = False
+        """Its daemon was started again, as its slot says, and has not connected yet."""
 
 
 class Membership:
@@ -252,6 +280,7 @@ class Membership:
                 return [Refused(node, incarnation)]
             member.incarnation = member.next_incarnation = incarnation
             member.slot_age_ms = 0
+            member.restarting = False
             return self.on_contact(now_ms, node, incarnation)
         member.next_incarnation = incarnation
         if member.state in _PRESENT:
@@ -300,13 +329,15 @@ class Membership:
             member = self._members.get(report.node)
             if member is None or member.state not in _PRESENT:
                 continue
-            if report.incarnation == member.incarnation and report.says is SlotSays.CLAIMED:
+            if report.incarnation == member.incarnation and report.says in (SlotSays.CLAIMED, SlotSays.RESTARTING):
                 member.slot_age_ms = report.age_ms
+                member.restarting = report.says is SlotSays.RESTARTING
             elif report.incarnation == member.incarnation and report.says is SlotSays.FAILED:
                 gasps.append((report.node, member, Reason.LAST_GASP))
             elif report.incarnation > member.incarnation:
                 # Its daemon was started anew. Perhaps with the FUSE layer it had: it will say so when it connects.
                 member.slot_age_ms = now_ms - member.contact_ms
+                member.restarting = True
         out: list[MembershipEffect] = []
         for node, gasping, reason in gasps:
             self._declare_dead(node, gasping, reason, out)
@@ -346,9 +377,10 @@ class Membership:
                 self._move(node, member, MemberState.SUSPECT)
                 out.append(Suspect(node))
             if member.state is MemberState.SUSPECT and not self._frozen:
-                if member.slot_age_ms >= self._dead_ms:
+                dead_ms = 2 * self._dead_ms if member.restarting else self._dead_ms
+                if member.slot_age_ms >= dead_ms:
                     self._declare_dead(node, member, Reason.SILENT_SLOT, out)
-                elif silent_ms >= self._dead_ms and not cut_off:
+                elif silent_ms >= dead_ms and not cut_off:
                     self._declare_dead(node, member, Reason.UNREACHABLE, out)
         self._end_leases(now_ms, out)
         return out
@@ -367,6 +399,7 @@ class Membership:
         member.first = member.incarnation
         member.contact_ms = now_ms
         member.slot_age_ms = 0
+        member.restarting = False
         member.fenced = False
         out.append(Joined(node, member.incarnation))
 

@@ -64,17 +64,22 @@ class BeforeFlag(IntFlag):
     """Instead of the attribute's value the request has its SHA-256."""
     PRESENT = 4
     """The attribute was there."""
+    BESIDE = 8
+    """WRITE, WRITES: programs of the home may have made the file longer at the same time (FUSE passthrough)."""
+    PLACED = 16
+    """With BESIDE: it is known where the data went."""
 
 
 class Before(NamedTuple):
     """How things were before the operation, as far as that is needed to tell whether it was executed."""
 
     first: Fid = NO_FID
-    """UNLINK, RMDIR, RENAME: what stands under the (old) name."""
+    """UNLINK, RMDIR, RENAME: what stands under the (old) name. With PLACED its first number is where the data ends."""
     second: Fid = NO_FID
     """RENAME: what stands under the new name."""
     number: int = 0
-    """UNLINK, RENAME: links of the object that loses a name; WRITE, WRITES: size of the file in bytes."""
+    """UNLINK, RENAME: links of the object that loses a name; WRITE, WRITES: size of the file in bytes, with PLACED
+    where the data went, with BESIDE alone nothing."""
     flags: BeforeFlag = BeforeFlag.NONE
 
 
@@ -88,7 +93,9 @@ class Intent(NamedTuple):
 MAKES = frozenset({Op.CREATE, Op.MKNOD, Op.MKDIR, Op.SYMLINK})
 """Operations that make an object under a name that was free."""
 _TAKES_INTENT = (
-    MAKES | {Op.LINK, Op.UNLINK, Op.RMDIR, Op.RENAME, Op.SETATTR, Op.SETXATTR, Op.REMOVEXATTR} | {Op.FALLOCATE, Op.COPY}
+    MAKES
+    | {Op.LINK, Op.LINK_UNNAMED, Op.UNLINK, Op.RMDIR, Op.RENAME, Op.SETATTR, Op.SETXATTR, Op.REMOVEXATTR}
+    | {Op.FALLOCATE, Op.COPY}
 )
 
 
@@ -154,7 +161,7 @@ def unpack_intent(body: bytes) -> Intent:
         request = unpack_request(body[BEFORE.size :])
     except PeerError as exc:
         raise MediaError(f"an intent makes no sense: {exc}") from exc
-    if flags & ~0b111 or not takes_intent(request):
+    if flags & ~sum(BeforeFlag) or not takes_intent(request):
         raise MediaError(f"an intent makes no sense: {request.op.name}, flags {flags:#x}")
     return Intent(Before(Fid(first, first_gen), Fid(second, second_gen), number, BeforeFlag(flags)), request)
 
@@ -175,6 +182,8 @@ class Now(NamedTuple):
     """The directory, of RENAME the old and the new one."""
     digest: bytes | None = None
     """SETXATTR with DIGEST: SHA-256 of the attribute's value now; None where it is not set."""
+    size: int = 0
+    """WRITE, WRITES with PLACED: size of the file in bytes."""
 
 
 class Step(Enum):
@@ -204,7 +213,7 @@ def settle(intent: Intent, now: Now) -> Step:
         if now.first is None:
             return Step.FORGET
         return Step.UNDO if now.inherits and _empty(now.first) else Step.KEEP
-    if op is Op.LINK:
+    if op in (Op.LINK, Op.LINK_UNNAMED):
         return Step.FORGET if now.first is None else Step.KEEP
     if op in (Op.UNLINK, Op.RMDIR):
         return Step.FORGET if _fid(now.first) == before.first else Step.KEEP
@@ -214,8 +223,18 @@ def settle(intent: Intent, now: Now) -> Step:
     if op is Op.SETXATTR and before.flags & BeforeFlag.DIGEST:
         return Step.KEEP if now.digest == intent.request.values[3] else Step.FORGET
     if op in (Op.WRITE, Op.WRITES):
-        return Step.UNDO
+        return _settle_append(before, now)
     return Step.REDO
+
+
+def _settle_append(before: Before, now: Now) -> Step:
+    """Beside other writers the log has the place before it has a size that reaches there. What stands behind the data
+    is somebody else's, durable perhaps: then the file stays as it is, and the data is appended once more."""
+    if before.flags & BeforeFlag.BESIDE and not before.flags & BeforeFlag.PLACED:
+        return Step.FORGET
+    if before.flags & BeforeFlag.PLACED and now.size > before.first.ino:
+        return Step.FORGET
+    return Step.UNDO
 
 
 def _empty(attr: Attr) -> bool:
@@ -237,7 +256,7 @@ def reply_values(intent: Intent, now: Now) -> Sequence[Any]:
         kept = NO_FID
     if op is Op.CREATE:
         return [0, now.first, *now.parents]
-    if op in MAKES or op is Op.LINK:
+    if op in MAKES or op in (Op.LINK, Op.LINK_UNNAMED):
         return [now.first, *now.parents]
     if op is Op.UNLINK:
         return [*kept, before.first.ino, before.number, *now.parents]

@@ -6,11 +6,9 @@ its incarnation in one URI, `mxfs://<volume uuid>/<node uuid>/<slot>/<incarnatio
 wide, so that a node with a wrong clock can join: what makes a certificate stale is its incarnation.
 """
 
-import os
 import ssl
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from urllib.parse import urlsplit
 from uuid import UUID
 
 from cryptography import x509
@@ -19,46 +17,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from mxfs_proto.errors import MisuseError, PeerError
+from mxfs_proto.errors import MisuseError
+from mxfsd.io.identity import PeerIdentity, make_context
 
 KEY_BYTES = 32
-SLOTS = 64
 _BEGIN = datetime(2000, 1, 1, tzinfo=UTC)
 _END = datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)  # RFC 5280, 4.1.2.5: no well-defined end
-
-
-@dataclass(frozen=True, slots=True)
-class PeerIdentity:
-    """Who a certificate says its owner is."""
-
-    volume: UUID
-    node_uuid: UUID
-    slot: int
-    incarnation: int
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.slot <= SLOTS or not 0 <= self.incarnation < 2**64:
-            raise MisuseError(f"no such node: slot {self.slot}, incarnation {self.incarnation}")
-
-    @property
-    def uri(self) -> str:
-        """The identity as the certificate carries it."""
-        return f"mxfs://{self.volume}/{self.node_uuid}/{self.slot}/{self.incarnation}"
-
-    @classmethod
-    def parse(cls, uri: str) -> "PeerIdentity":
-        """Return the identity that *uri* names. Raises PeerError (EPROTO) unless it is exactly our form."""
-        try:
-            parts = urlsplit(uri)
-            fields = parts.path.split("/")
-            if len(fields) != 4:
-                raise ValueError("three fields are expected in its path")
-            found = cls(UUID(parts.netloc), UUID(fields[1]), int(fields[2]), int(fields[3]))
-        except (ValueError, MisuseError) as err:
-            raise PeerError(f"a certificate for {uri!r}: {err}") from err
-        if found.uri != uri:
-            raise PeerError(f"a certificate for {uri!r}, which is not written as {found.uri!r}")
-        return found
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -150,6 +114,10 @@ class NodeContexts:
     identity: PeerIdentity
     server: ssl.SSLContext
     client: ssl.SSLContext
+    pem: bytes = field(repr=False)
+    """Our key and certificate, with which our FUSE layer speaks to the home too."""
+    authority: bytes = field(repr=False)
+    """The volume's certificate (DER)."""
 
 
 def make_contexts(keys: VolumeKeys, identity: PeerIdentity) -> NodeContexts:
@@ -162,37 +130,8 @@ def make_contexts(keys: VolumeKeys, identity: PeerIdentity) -> NodeContexts:
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     ) + keys.certify(identity, key).public_bytes(serialization.Encoding.PEM)
     authority = keys.authority_certificate().public_bytes(serialization.Encoding.DER)
-    server = _context(ssl.PROTOCOL_TLS_SERVER, pem, authority)
+    server = make_context(ssl.PROTOCOL_TLS_SERVER, pem, authority)
     # A session ticket would let a peer of an earlier incarnation come back without showing its certificate.
     server.num_tickets = 0
-    client = _context(ssl.PROTOCOL_TLS_CLIENT, pem, authority)
-    return NodeContexts(identity, server, client)
-
-
-def _context(protocol: int, pem: bytes, authority: bytes) -> ssl.SSLContext:
-    context = ssl.SSLContext(protocol)
-    context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_3
-    context.check_hostname = False  # the identity is in the certificate's URI: `identity_of`
-    context.verify_mode = ssl.CERT_REQUIRED
-    context.verify_flags |= ssl.VerifyFlags.VERIFY_X509_STRICT
-    context.load_verify_locations(cadata=authority)
-    # load_cert_chain takes a path only. A memory file has one in /proc and leaves nothing behind.
-    fd = os.memfd_create("mxfs-node-key", os.MFD_CLOEXEC)
-    try:
-        with open(fd, "wb", closefd=False) as file:
-            file.write(pem)
-        context.load_cert_chain(f"/proc/self/fd/{fd}")
-    finally:
-        os.close(fd)
-    return context
-
-
-def identity_of(connection: ssl.SSLObject | ssl.SSLSocket) -> PeerIdentity:
-    """Return whom the verified certificate of the other side names. Raises PeerError (EPROTO)."""
-    certificate = connection.getpeercert()
-    if not certificate:
-        raise PeerError("the peer has shown no certificate")
-    names = certificate.get("subjectAltName", ())
-    if len(names) != 1 or names[0][0] != "URI":
-        raise PeerError(f"the peer's certificate names {names}, not one MXFS node")
-    return PeerIdentity.parse(str(names[0][1]))
+    client = make_context(ssl.PROTOCOL_TLS_CLIENT, pem, authority)
+    return NodeContexts(identity, server, client, pem, authority)

@@ -16,7 +16,8 @@ BLKGETSIZE64 = 0x80081272
 """<linux/fs.h>: u64, size in bytes."""
 ALIGN = 4096
 SECTOR = 512
-_MAX_IO = 1 << 20
+MAX_IO = 1 << 20
+"""Bytes of one read or write, at most."""
 
 
 def device_size(fd: int) -> int:
@@ -62,7 +63,7 @@ class Disk:
         except OSError as error:
             raise IoFailure(f"cannot open {path}: {error.strerror}", error.errno) from error
         # Anonymous mappings are page aligned, which O_DIRECT asks for.
-        self._buffer = mmap.mmap(-1, _MAX_IO)
+        self._buffer = mmap.mmap(-1, MAX_IO)
         self._view = memoryview(self._buffer)
         try:
             self.size = device_size(self.fd)
@@ -118,7 +119,7 @@ class Disk:
             self._buffer.close()
 
     def _check(self, offset: int, length: int) -> None:
-        if offset % ALIGN or length % ALIGN or not 0 < length <= _MAX_IO or offset < 0:
+        if offset % ALIGN or length % ALIGN or not 0 < length <= MAX_IO or offset < 0:
             raise MisuseError(f"{self.path}: I/O of {length} bytes at {offset} is not aligned or too long")
         if self.fd < 0:
             raise MisuseError(f"{self.path} is closed")

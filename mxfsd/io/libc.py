@@ -1,11 +1,13 @@
 """The system calls that Python's os module lacks, through ctypes; each raises OSError with the call's errno.
 
-Sources: fsopen(2), fsconfig(2), fsmount(2), open_by_handle_at(2), setfsuid(2), renameat2(2), linkat(2),
-<linux/mount.h>, <linux/securebits.h>, fs/xfs/xfs_export.h for the layout of an XFS file handle.
+Sources: fsopen(2), fsconfig(2), fsmount(2), open_by_handle_at(2), setfsuid(2), renameat2(2), linkat(2), capset(2),
+<linux/mount.h>, <linux/securebits.h>, <linux/capability.h>, fs/xfs/xfs_export.h for the layout of an XFS file handle.
 """
 
 import ctypes
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from struct import Struct
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -45,9 +47,18 @@ MNT_DETACH = 2
 XFS_HANDLE_TYPE = 0x81
 """FILEID_INO32_GEN with XFS_FILEID_TYPE_64FLAG: the handle is (u64 inode, u32 generation), host byte order."""
 
+_CAP_HEADER = Struct("=Ii").pack(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this thread
+_CAP_DATA = Struct("=6I")  # effective, permitted, inheritable; the same of capabilities 32 and up
+_CAP_FSETID = 1 << 4
+
 _STATX_BTIME = 0x800
 _STATX_BTIME_AT = 80
 _STATX_TIME = Struct("=qI")
+
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
+_KEPT_MEMORY = 32 << 20
+_LARGEST_KEPT = 4 << 20
 
 _HANDLE = Struct("=IiQI")  # handle_bytes, handle_type, inode, generation
 _HANDLE_BYTES = 12
@@ -59,6 +70,17 @@ def _check(result: int, what: str) -> int:
         code = ctypes.get_errno()
         raise OSError(code, f"{what}: {os.strerror(code)}")
     return result
+
+
+def keep_freed_memory() -> None:
+    """Keep a few MiB that were freed for the next buffers (mallopt(3)).
+
+    glibc gives a buffer of a large message back to the kernel each time, and a page fault for each of its pages costs
+    more than what is done with the data, in a virtual machine above all.
+    """
+    for option, size in ((_M_MMAP_THRESHOLD, _LARGEST_KEPT), (_M_TRIM_THRESHOLD, _KEPT_MEMORY)):
+        if _libc.mallopt(option, size) != 1:
+            raise OSError(0, f"mallopt {option} {size}")
 
 
 def _fs_messages(fd: int) -> str:
@@ -165,6 +187,20 @@ def keep_caps_across_fsuid() -> None:
     decide who owns what is created.
     """
     _check(_libc.prctl(_PR_SET_SECUREBITS, _SECBIT_NO_SETUID_FIXUP, 0, 0, 0), "prctl(PR_SET_SECUREBITS)")
+
+
+@contextmanager
+def without_fsetid() -> Iterator[None]:
+    """Have this thread's effective capabilities lack CAP_FSETID within a with block (capget(2), capset(2))."""
+    data = ctypes.create_string_buffer(_CAP_DATA.size)
+    _check(_libc.capget(_CAP_HEADER, data), "capget")
+    before = _CAP_DATA.unpack(data.raw)
+    lacking = _CAP_DATA.pack(before[0] & ~_CAP_FSETID, *before[1:])
+    _check(_libc.capset(_CAP_HEADER, lacking), "capset")
+    try:
+        yield
+    finally:
+        _check(_libc.capset(_CAP_HEADER, data), "capset")
 
 
 def set_fs_ids(uid: int, gid: int) -> None:

@@ -3,6 +3,7 @@
 One Lockspace may be used by one thread at a time.
 """
 
+import errno
 import os
 import time
 from collections.abc import Callable
@@ -11,8 +12,8 @@ from typing import Self
 
 from mxfs_proto.errors import MediaError, MxfsError
 from mxfs_proto.ondisk import (
-    DEFAULT_LOCKSPACE_BYTES,
     FIXED_RECORDS,
+    KEY_BYTES,
     LEASE_RECORDS,
     RECORD_BYTES,
     SLOT_COUNT,
@@ -46,8 +47,9 @@ from mxfsd.core.lease import (
 )
 from mxfsd.core.timeouts import Timeouts
 from mxfsd.core.watch import Snapshot
+from mxfsd.io import headers
 from mxfsd.io.clock import now_ms
-from mxfsd.io.disk import Disk
+from mxfsd.io.disk import MAX_IO, Disk
 
 _FIRST = LEASE_RECORDS[0]
 _AREA_BYTES = (FIXED_RECORDS - _FIRST) * RECORD_BYTES
@@ -58,28 +60,11 @@ class ClaimRefused(MxfsError):
 
 
 def read_header(disk: Disk) -> HeaderRecord:
-    """Find and return the header: the device's last record, else the copy at the default place.
+    """Find and return the header that counts (``mxfsd/io/headers.py``).
 
     Raises MediaError (ForeignRecord if this is no MXFS volume at all) or IoFailure.
     """
-    end = disk.size - disk.size % RECORD_BYTES
-    first: MediaError | None = None
-    for offset in (end - RECORD_BYTES, end - DEFAULT_LOCKSPACE_BYTES):
-        if offset < 0:
-            continue
-        try:
-            header = HeaderRecord.decode(disk.read(offset, RECORD_BYTES))
-            if header.lockspace_offset + header.lockspace_bytes > end:
-                raise ForeignRecord(f"the lockspace ends behind the end of {disk.path}: was the device shrunk?")
-        except MediaError as error:
-            # Whichever copy says more than "nothing here" explains best.
-            if first is None or isinstance(first, ForeignRecord):
-                first = error
-        else:
-            return header
-    if first is None or isinstance(first, ForeignRecord):
-        raise ForeignRecord(f"{disk.path} is no MXFS volume (no lockspace at its end)")
-    raise first
+    return headers.find(disk).header
 
 
 class Lockspace:
@@ -94,21 +79,28 @@ class Lockspace:
         disk: Disk,
         *,
         check_xfs: bool = True,
+        at: int | None = None,
         clock: Callable[[], int] = now_ms,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        """Use an open disk; *clock* gives milliseconds, *sleep* takes seconds. Raises MediaError, IoFailure."""
+        """Use an open disk; *clock* gives milliseconds, *sleep* takes seconds. Raises MediaError, IoFailure.
+
+        *at*: the records of the lockspace there, which has moved, instead of those that count.
+        """
         self.disk = disk
         self.clock = clock
         self.sleep = sleep
-        self.header = read_header(disk)
+        self.found = headers.find(disk)
+        self.header = self.found.header
         self.volume = self.header.volume
         self.volume_id = volume_id(self.volume)
-        self._base = self.header.lockspace_offset
+        self._base = self.header.lockspace_offset if at is None else at
         self._raw: list[bytes] = [b""] * SLOT_COUNT
         self._slots: list[SlotRecord | None] = [None] * SLOT_COUNT
         self.bad: dict[int, MediaError] = {}
         self.label = self.header.label
+        self.xfs_bytes = self.header.xfs_bytes
+        """Size of the XFS by its superblock, by the header where that was not looked at."""
         self._dirty = False
         if check_xfs:
             xfs = XfsSuper.decode(disk.read(0, RECORD_BYTES))
@@ -118,13 +110,14 @@ class Lockspace:
                     f"but the XFS is {format_uuid(xfs.uuid)} of {xfs.size} bytes"
                 )
             self.label = xfs.label
+            self.xfs_bytes = xfs.size
 
     @classmethod
-    def open(cls, path: str, *, readonly: bool = False, check_xfs: bool = True) -> Self:
+    def open(cls, path: str, *, readonly: bool = False, check_xfs: bool = True, at: int | None = None) -> Self:
         """Open the lockspace of the device *path*. Raises MediaError, IoFailure."""
         disk = Disk(path, readonly=readonly)
         try:
-            return cls(disk, check_xfs=check_xfs)
+            return cls(disk, check_xfs=check_xfs, at=at)
         except BaseException:
             disk.close()
             raise
@@ -184,6 +177,46 @@ class Lockspace:
         """Return the bytes of record *number* as they are, good or not. Raises IoFailure."""
         return self.disk.read(self._base + number * RECORD_BYTES, RECORD_BYTES)
 
+    @property
+    def settled(self) -> bool:
+        """Whether both copies of the header are there and good: no move of the lockspace is left unfinished."""
+        last = self.header.lockspace_offset + self.header.lockspace_bytes - RECORD_BYTES
+        try:
+            copies = [HeaderRecord.decode(self.disk.read(at, RECORD_BYTES)) for at in (self._base, last)]
+        except MediaError:
+            return False
+        return copies == [self.header] * 2
+
+    @property
+    def arriving(self) -> bool:
+        """Whether this is the new place of a lockspace whose move was decided, and not finished."""
+        return self._is_header(self.read_record(0), pending=True) or (self.found.moved is not None and not self.settled)
+
+    def unfinished(self, data: bytes) -> bool:
+        """Whether *data*, which is no header where one should be, is explained by an unfinished move."""
+        moved = headers.moved_of(data)
+        announced = moved is not None and moved.old_offset == self._base
+        return announced or self.arriving
+
+    def _is_header(self, data: bytes, *, pending: bool = False) -> bool:
+        try:
+            return HeaderRecord.decode(data, pending=pending) == self.header
+        except MediaError:
+            return False
+
+    def check_place(self) -> None:
+        """Raise ClaimRefused where this lockspace has moved since it was opened: others do not look here any more."""
+        data = self.read_record(0)
+        if self._is_header(data) or self._is_header(data, pending=True):
+            return
+        # It has moved, and XFS may be here by now; or this copy of the header is damaged.
+        try:
+            counts = headers.find(self.disk).header.lockspace_offset
+        except MediaError:
+            counts = -1
+        if counts != self._base:
+            raise ClaimRefused("the lockspace has just been moved (mxfs grow): mount again", errno.ESTALE)
+
     # --- writing ------------------------------------------------------------------------------------------
 
     def write_slot(self, record: SlotRecord) -> None:
@@ -205,9 +238,13 @@ class Lockspace:
 
         Takes about claim_wait_ms; longer only if slots have to be watched. Raises ClaimRefused, IoFailure.
         """
+        self.check_place()
         held = self._run(SlotClaim(joiner, timeouts, _nonce))
         if not isinstance(held, HeldSlot):
             raise ClaimRefused(f"unexpected end of a slot claim: {held}")
+        # Whoever moves the lockspace has looked for claims before; the few that it cannot have seen end here, or where
+        # the lease is claimed or a home is reached, neither of which can be before the move.
+        self.check_place()
         return held
 
     def claim_lease(
@@ -227,6 +264,7 @@ class Lockspace:
         result = self._run(claim)
         if not isinstance(result, HeldLease):
             raise ClaimRefused(f"unexpected end of a lease claim: {result}")
+        self.check_place()
         return result
 
     def reclaim_slot(self, record: SlotRecord, timeouts: Timeouts, *, late: bool = False) -> HeldSlot:
@@ -297,16 +335,46 @@ def _nonce() -> int:
     return int.from_bytes(os.urandom(8), "little") or 1
 
 
+def new_header(disk: Disk, xfs: XfsSuper, lockspace_bytes: int) -> HeaderRecord:
+    """Return the header of a new lockspace at the end of the device, with a key of its own."""
+    return HeaderRecord(
+        xfs.uuid,
+        os.urandom(KEY_BYTES),
+        xfs.label,
+        disk.size,
+        headers.end_of(disk) - lockspace_bytes,
+        lockspace_bytes,
+        xfs.size,
+        int(time.time()),
+    )
+
+
+def empty_records(volume: bytes) -> list[tuple[int, bytes]]:
+    """Return the records of a lockspace that no node was in yet, without the headers, by their numbers."""
+    leases = [(LEASE_RECORDS[n], LeaseRecord(sequence=n).encode(volume)) for n in (0, 1)]
+    return leases + [(slot_record(n), SlotRecord(n).encode(volume)) for n in range(1, SLOT_COUNT + 1)]
+
+
 def format_lockspace(disk: Disk, header: HeaderRecord) -> None:
-    """Write an empty lockspace, the headers last. Raises IoFailure."""
+    """Write an empty lockspace, the headers last: zeros where nothing is, too. Raises IoFailure.
+
+    What describes a device is often at its end (GPT, RAID), and would be found there again.
+    """
     base = header.lockspace_offset
-    records: list[tuple[int, bytes]] = [
-        (LEASE_RECORDS[n], LeaseRecord(sequence=n).encode(header.volume)) for n in (0, 1)
-    ]
-    records += [(slot_record(n), SlotRecord(n).encode(header.volume)) for n in range(1, SLOT_COUNT + 1)]
-    for number, data in records:
+    for at in range(0, header.lockspace_bytes, MAX_IO):
+        disk.write(base + at, bytes(min(MAX_IO, header.lockspace_bytes - at)))
+    disk.sync()
+    for number, data in empty_records(header.volume):
         disk.write(base + number * RECORD_BYTES, data)
     disk.sync()
-    disk.write(base, header.encode(0))
-    disk.write(base + header.lockspace_bytes - RECORD_BYTES, header.encode(1))
-    disk.sync()
+    write_headers(disk, header)
+
+
+def write_headers(disk: Disk, header: HeaderRecord) -> None:
+    """Write both copies: from the first one on the lockspace counts. Raises IoFailure.
+
+    Record 0 comes first: it is found where the device has grown before the other one was written.
+    """
+    for copy, number in enumerate((0, header.lockspace_bytes // RECORD_BYTES - 1)):
+        disk.write(header.lockspace_offset + number * RECORD_BYTES, header.encode(copy))
+        disk.sync()

@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from mxfs_proto.errors import MxfsError
 from mxfs_proto.ops import Attr, Entry, Fid, Valid
 from mxfsd.io import ioctls, libc, ranges
 
@@ -21,6 +22,7 @@ HIDDEN = b".mxfs"
 """The folder in the lower root that no operation shows: orphans and records of operations."""
 _ORPHANS = b".mxfs/orphans"
 _OPS = b".mxfs/ops"
+_RENAME_NOREPLACE = 1
 _DIR_FDS = 512
 _FILE_FDS = 256
 
@@ -247,6 +249,31 @@ class Lower:
         except OSError:
             os.close(fd)
             raise
+
+    def tmpfile(self, parent: Fid, mode: int, uid: int, gid: int) -> tuple[int, Attr]:
+        """Make a regular file without a name (O_TMPFILE), as in the directory; return a read-write descriptor, the
+        caller's, and the attributes. It stands among the orphans from the first, since XFS recovery would free it."""
+        dfd = self.dir_fd(parent)
+        _become(uid, gid)
+        try:
+            fd = os.open(b".", os.O_RDWR | os.O_TMPFILE, stat.S_IMODE(mode), dir_fd=dfd)
+        finally:
+            libc.set_fs_ids(0, 0)
+        try:
+            fid = Fid(os.fstat(fd).st_ino, libc.generation_at(fd, b""))
+            libc.link_fd(fd, self.mount_fd, _ORPHANS + b"/" + orphan_name(fid))
+            return fd, attr_of(os.fstat(fd), fid.gen)._replace(nlink=0)
+        except OSError:
+            os.close(fd)
+            raise
+
+    def name_orphan(self, fid: Fid, parent: Fid, name: bytes) -> Attr:
+        """Give an object among the orphans its name, in one transaction. ENOENT where it is none, EEXIST where the name
+        is taken."""
+        self._guard(parent, name)
+        orphan = _ORPHANS + b"/" + orphan_name(fid)
+        libc.renameat2(self.mount_fd, orphan, self.dir_fd(parent), name, _RENAME_NOREPLACE)
+        return self.lookup(parent, name)
 
     def mknod(self, parent: Fid, name: bytes, mode: int, rdev: int, uid: int, gid: int) -> Attr:
         """Make a file of any type but a directory or a symbolic link."""
@@ -524,6 +551,13 @@ def _become(uid: int, gid: int) -> None:
         libc.keep_caps_across_fsuid()
         _thread.keeps_caps = True
     libc.set_fs_ids(uid, gid)
+
+
+def errno_of(error: OSError | MxfsError) -> int:
+    """The errno of *error* that programs may see. RESERVATION CONFLICT is EBADE to the block layer; file systems say
+    EIO where the disk refuses."""
+    code = error.errno or errno.EIO
+    return errno.EIO if code == errno.EBADE else code
 
 
 def kill_priv(fd: int, path: str | None = None) -> None:

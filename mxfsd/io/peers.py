@@ -14,7 +14,7 @@ import structlog
 
 from mxfs_proto.errors import IoFailure, MxfsError, PeerError
 from mxfs_proto.frames import Buffer, Frame, FrameType, pack_json
-from mxfsd.io.certs import PeerIdentity, identity_of
+from mxfsd.io.identity import PeerIdentity, identity_of
 from mxfsd.io.stream import Acceptor, FrameConnection
 
 log = structlog.get_logger(__name__)

@@ -8,8 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from mxfs_proto.errors import IoFailure, MisuseError
-from mxfsd import procs
-from mxfsd.cli.mkfs import hide_fuse_mounts
+from mxfsd import procs, xfsprogs
 
 DETACH_S = 15.0
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -88,16 +87,7 @@ def check(image: Path) -> str:
 def _repair(image: Path) -> str:
     loop = attach(image, read_only=True)
     try:
-        # xfs_repair too looks at every mount of the host, and must not wait for a frozen one of another lab.
-        done = subprocess.run(
-            ["xfs_repair", "-n", loop],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=False,
-            preexec_fn=hide_fuse_mounts,
-        )
+        done = xfsprogs.run("xfs_repair", "-n", loop)
     finally:
         detach(loop, image)
     output = done.stdout + done.stderr

@@ -123,7 +123,7 @@ class Reservations:
         except BaseException:
             for path in done:
                 try:
-                    path.register(self.key, 0, aptpl=False)
+                    path.register(self.key, 0, aptpl=self.aptpl)
                 except (ReservationError, OSError):
                     continue  # the first error is the one to report; a leftover key is shown by mxfs pr
             raise
@@ -178,9 +178,11 @@ class Reservations:
         self._state = _State.LEFT
 
     def _unregister_path(self, path: Nexus) -> None:
+        # The last REGISTER from anybody, also one that takes a key back, says for all what a loss of power does (SPC-4
+        # 5.13.5): without APTPL it would make the target forget the keys of those who stay.
         for attempt in range(_TRIES):
             try:
-                path.register(self.key, 0, aptpl=False)
+                path.register(self.key, 0, aptpl=self.aptpl)
             except ReservationConflict:
                 return  # not registered any more: READ KEYS decides
             except PathFailure:
@@ -268,7 +270,7 @@ class Reservations:
                     f"{key_text(held.key)} is not registered: unmount everywhere and restart the target"
                 )
             shown = held.key
-            with _registered(spare, shown):
+            with _registered(spare, shown, aptpl=self.aptpl):
                 self._any(lambda path: path.preempt(self.key, shown, abort=False))
 
     @contextmanager
@@ -284,7 +286,7 @@ class Reservations:
             with suppress(PathFailure, ReservationConflict, CheckCondition):
                 spare = stack.enter_context(self._spare())
                 if spare is not None:
-                    stack.enter_context(_registered(spare, key))
+                    stack.enter_context(_registered(spare, key, aptpl=self.aptpl))
             yield
             if spare is not None and _held_by(spare.read_reservation(), key):
                 # Another node has preempted the same victim just before we made it.
@@ -518,13 +520,13 @@ def _held_by(held: Held | None, key: int) -> bool:
 
 
 @contextmanager
-def _registered(path: Nexus, key: int) -> Iterator[None]:
-    """Have *key* registered on *path* for the length of a with block."""
-    path.register(0, key, aptpl=False)
+def _registered(path: Nexus, key: int, *, aptpl: bool) -> Iterator[None]:
+    """Have *key* registered on *path* for the length of a with block; *aptpl* as the others have it."""
+    path.register(0, key, aptpl=aptpl)
     try:
         yield
     finally:
         # Not while a damaged reservation hangs on it: that would end the reservation.
         if not _held_by(path.read_reservation(), key):
             with suppress(ReservationConflict):  # it was preempted
-                path.register(key, 0, aptpl=False)
+                path.register(key, 0, aptpl=aptpl)

@@ -1,10 +1,10 @@
 """Images with a lockspace for tests: a file with the first sector of an XFS and nothing else of it."""
 
 import os
-import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from mxfs_proto.ondisk import HeaderRecord
@@ -61,16 +61,6 @@ def open_lockspace(path: Path | str, clock: FakeClock) -> Lockspace:
     return Lockspace(Disk(str(path)), clock=clock, sleep=clock.sleep)
 
 
-def loop_missing() -> str:
-    """Return why loop devices cannot be used here, or nothing."""
-    if os.geteuid() != 0:
-        return "needs root"
-    for tool in ("losetup", "mkfs.xfs", "blkid"):
-        if shutil.which(tool) is None:
-            return f"needs {tool}"
-    return ""
-
-
 @contextmanager
 def loop_device(image: Path, *options: str) -> Iterator[str]:
     """Attach *image* to a loop device for the length of a with block."""
@@ -79,4 +69,19 @@ def loop_device(image: Path, *options: str) -> Iterator[str]:
     try:
         yield device
     finally:
+        if "--read-only" not in options:  # the device outlives what was attached to it, and so would such a mark
+            subprocess.run(["blockdev", "--setrw", device], check=True)
         subprocess.run(["losetup", "--detach", device], check=True)
+
+
+@dataclass
+class LoopDisk:
+    """A disk that can change its size: an image, and the loop device over it."""
+
+    image: Path
+    device: str
+
+    def resize(self, size: int) -> None:
+        """Make it *size* bytes long, and have this host notice."""
+        os.truncate(self.image, size)
+        subprocess.run(["losetup", "--set-capacity", self.device], check=True)

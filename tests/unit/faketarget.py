@@ -114,11 +114,11 @@ class FakeTarget:
         return 0
 
     def _register(self, name: str, command: PrOut) -> int:
+        self.keep = command.aptpl  # SPC-4 5.13.5: the last one counts, from whomever and also where it unregisters
         if command.action_key:
             if self.type and self.holder is None and name not in self.registered:
                 self.holder, self.damaged = name, command.action_key
             self.registered[name] = command.action_key
-            self.keep = command.aptpl
         else:
             gone = self.registered.pop(name, None)
             if not self.registered or (self.damaged and gone == self.damaged):

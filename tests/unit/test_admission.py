@@ -25,7 +25,13 @@ class Disk:
         monkeypatch.setattr(admission, "_read", self._read)
         monkeypatch.setattr(admission, "unused", lambda _device: not self.in_use)
         mine = probe.Probe(Reservations("disk", [self.target.nexus("b")]), "sg", "")
-        monkeypatch.setattr(probe, "open_reservations", lambda _device: mine)
+        self.asked: list[str] = []
+
+        def opened(device: str) -> probe.Probe:
+            self.asked.append(device)
+            return mine if device != "none" else probe.Probe(None, "none", "a test has none")
+
+        monkeypatch.setattr(probe, "open_reservations", opened)
 
     def _read(self, _device: str) -> bytes:
         if not self.target.allowed("b"):
@@ -52,6 +58,15 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
 def test_an_open_disk_is_just_read(disk: Disk) -> None:
     assert admission.volume_of("disk") == UUID
     assert disk.registered == set()
+
+
+def test_reservations_that_are_elsewhere(disk: Disk) -> None:
+    disk.reserve()
+    assert admission.volume_of("disk", "elsewhere") == UUID
+    assert (disk.asked, disk.registered) == (["elsewhere"], {OTHER})
+    with pytest.raises(IoFailure, match="disk is reserved by another host, and a test has none") as caught:
+        admission.volume_of("disk", "none")
+    assert caught.value.errno == errno.EBADE
 
 
 def test_a_reserved_disk_is_read_and_the_registration_taken_back(disk: Disk) -> None:

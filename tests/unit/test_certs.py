@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mxfs_proto.errors import MisuseError, PeerError
-from mxfsd.io.certs import PeerIdentity, VolumeKeys, identity_of, make_contexts
+from mxfsd.io.certs import VolumeKeys, make_contexts
+from mxfsd.io.identity import PeerIdentity, identity_of
 
 VOLUME = UUID("11111111-2222-3333-4444-555555555555")
 KEY = bytes(range(32))

@@ -16,7 +16,8 @@ import pytest
 from mxfs_proto.errors import IoFailure, MisuseError, MxfsError, PeerError
 from mxfs_proto.frames import MAX_PAYLOAD, Frame, FrameType, encode_header
 from mxfsd.io import peers, stream
-from mxfsd.io.certs import NodeContexts, PeerIdentity, VolumeKeys, make_contexts
+from mxfsd.io.certs import NodeContexts, VolumeKeys, make_contexts
+from mxfsd.io.identity import PeerIdentity
 from mxfsd.io.peers import PeerConnection, PeerServer, connect_peer
 from mxfsd.io.stream import FrameConnection
 from mxfsd.io.unixconn import MAX_UNCLAIMED_FDS, UnixFrameConnection, UnixFrameServer, connect_unix

@@ -179,6 +179,20 @@ def test_bad_replies(tmp_path: Path, answer: bytes, kind: type[Exception], error
     thread.join()
 
 
+def test_a_reply_without_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control, "REPLY_MAX", 1000)
+    thread = _canned(tmp_path / "s", b"x" * 1001)
+    with pytest.raises(PeerError, match="control reply of more than 1000 bytes"):
+        control.request(tmp_path / "s", "status")
+    thread.join()
+
+
+def test_a_socket_that_cannot_be_reached() -> None:
+    with pytest.raises(IoFailure, match=r"^/dev/null/s: Not a directory$") as caught:
+        control.request("/dev/null/s", "status")
+    assert caught.value.errno == errno.ENOTDIR
+
+
 def test_silence_times_out(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "s"))

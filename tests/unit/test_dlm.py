@@ -9,7 +9,7 @@ import pytest
 from mxfs_proto.errors import MisuseError
 from mxfs_proto.lockflags import LockFlag
 from mxfs_proto.modes import LockMode
-from mxfsd.core.dlm import PASS_LIMIT, Effect, LockMaster
+from mxfsd.core.dlm import LINGER_BATCH, PASS_LIMIT, Effect, LockMaster
 from mxfsd.core.lockeffects import Bast, BastSilent, Deny, Grant, OpDenied, OpGranted, WaitLong
 from mxfsd.core.lockmodes import JOIN, MEET
 
@@ -193,6 +193,26 @@ def test_linger_keeps_the_home_called_back_for_a_while() -> None:
     assert dlm.tick(40) == []
     assert grant(dlm.tick(60)).flags is LockFlag.UNASKED
     assert len(dlm) == 0
+
+
+def test_the_home_that_asks_meanwhile_has_everything_at_once() -> None:
+    dlm = LockMaster(1, TIMES, linger_ms=50)
+    called = bast(dlm.op_request(0, 2, 1, 7, EX))
+    dlm.release(1, 1, 7, called.seq, NL, NONE)
+    dlm.op_release(2, 1, 7)
+    assert grant(dlm.request(3, 1, 5, 7, PR)).mode is EX
+    assert len(dlm) == 0 and dlm.tick(100) == []
+
+
+def test_what_lingers_goes_back_in_batches() -> None:
+    dlm = LockMaster(1, TIMES, linger_ms=50)
+    count = LINGER_BATCH + 3
+    for ino in range(7, 7 + count):
+        called = bast(dlm.op_request(0, 2, ino, ino, EX))
+        dlm.release(1, 1, ino, called.seq, NL, NONE)
+        dlm.op_release(2, ino, ino)
+    assert len(dlm.tick(60)) == LINGER_BATCH and len(dlm) == 3
+    assert len(dlm.tick(61)) == 3 and len(dlm) == 0
 
 
 def test_noqueue_denies_without_bast() -> None:
@@ -454,3 +474,62 @@ def test_snapshot_shows_holders_waiters_and_ages() -> None:
     assert [(h.node, h.mode, h.age_ms) for h in view.holders] == [(1, EX, 20)]
     assert [(w.node, w.mode, w.age_ms, w.op_id) for w in view.waiters] == [(2, PR, 10, 5)]
     assert view.opens == ((1, (0, 1)),)
+
+
+# -- a file that the home's kernel writes by itself ----------------------------------------------------------------
+
+
+def pinned_master() -> LockMaster:
+    """Node 1 is the home, and has given 7 back; its kernel may write it."""
+    dlm = master(1)
+    called = bast(dlm.op_request(0, 2, 1, 7, CR))
+    assert dlm.opens_update(0, 1, 7, (0, 2), pinned=True) == []
+    assert dlm.release(0, 1, 7, called.seq, NL, (0, 2)) == [OpGranted(1, 2, 7)]
+    assert dlm.pinned(7)
+    return dlm
+
+
+def test_nobody_is_let_cache_what_the_homes_kernel_writes() -> None:
+    dlm = pinned_master()
+    assert dlm.grant_with_op(0, 2, 7, PR) == (NL, 0)
+    assert grant(dlm.request(0, 2, 1, 7, PR, ALT)).mode is NL
+    got = grant(dlm.request(0, 2, 2, 7, PR, LockFlag.OPEN | ALT, (1, 0)))
+    assert (got.mode, got.flags) == (NL, OTHER_OPEN | OTHER_WRITER)
+    assert dlm.op_release(0, 1, 7) == []
+    assert grant(dlm.request(0, 3, 1, 7, EX, LockFlag.OPEN | ALT, (0, 1))).mode is NL
+
+
+def test_what_is_cached_for_its_life_gets_a_lock_for_a_moment() -> None:
+    dlm = pinned_master()
+    granted, called = dlm.request(0, 2, 1, 7, PR)
+    assert isinstance(granted, Grant) and isinstance(called, Bast)
+    assert (granted.mode, called.node, called.seq, called.mode) == (PR, 2, granted.seq, EX)
+    assert dlm.release(1, 2, 7, granted.seq, NL, (1, 0)) == []
+    granted, called = dlm.reclaim(2, 2, 7, PR, (1, 0))
+    assert isinstance(granted, Grant) and isinstance(called, Bast)
+
+
+def test_a_pin_that_comes_late_calls_back_what_is_cached() -> None:
+    dlm = master(1)
+    called = bast(dlm.request(0, 2, 1, 7, PR))
+    got = grant(dlm.release(0, 1, 7, called.seq, PR, (1, 0)))
+    late = bast(dlm.opens_update(1, 1, 7, (1, 1), pinned=True))
+    assert (late.node, late.seq, late.mode) == (2, got.seq, EX)
+    assert dlm.opens_update(2, 1, 7, (1, 1), pinned=True) == [], "only once"
+
+
+def test_a_pin_ends_by_word_or_when_the_home_is_alone_again() -> None:
+    dlm = pinned_master()
+    dlm.op_release(0, 1, 7)
+    assert not dlm.pinned(7) and 7 not in dlm
+    dlm = pinned_master()
+    dlm.opens_update(0, 1, 7, (0, 0))
+    assert not dlm.pinned(7)
+    assert grant(dlm.request(0, 2, 1, 7, PR, ALT)).mode is PR
+
+
+def test_only_the_home_pins() -> None:
+    dlm = master(1)
+    bast(dlm.op_request(0, 2, 1, 7, CR))
+    dlm.opens_update(0, 2, 7, (0, 1), pinned=True)
+    assert not dlm.pinned(7)

@@ -15,8 +15,9 @@ from mxfs_fuse import filelocks
 from mxfs_fuse import locks as locks_module
 from mxfs_fuse.filelocks import FileLocks
 from mxfs_fuse.state import State
-from mxfs_proto.filelocks import LAST, READ, UNLOCK, WRITE, Held
+from mxfs_proto.filelocks import LAST, READ, UNLOCK, WRITE, Held, resource_of
 from mxfs_proto.frames import Frame, FrameType
+from mxfs_proto.modes import LockMode
 from mxfs_proto.ops import Fid
 from mxfs_proto.records import LockRecord, Record
 from mxfsd import homerole
@@ -240,6 +241,28 @@ def test_what_a_node_decided_alone_is_told_before_another_asks(lapses: bool) -> 
             await other.lock(131, 1, Held(1, 7, 7, 1, READ, False), False)
         await other.lock(131, 1, Held(1, 1, 4, 1, READ, False), False)
         cluster.check()
+        for task in cluster.tasks:
+            task.cancel()
+        for state in cluster.states.values():
+            state.locks.close()
+
+    run(work)
+
+
+def test_what_the_homes_own_layer_holds_is_known_when_the_others_have_let_go() -> None:
+    """It has no lock of the master just then, and the home no pin any more: what it names is its own all the same."""
+
+    async def work() -> None:
+        cluster = Cluster(0)
+        cluster.role.master._linger_ms = 60_000
+        mine, other, tables = cluster.locks[HOME], cluster.locks[2], cluster.role.service.file_locks
+        await mine.lock(131, 1, Held(1, 0, 0, 1, WRITE, False), False)
+        for kind in (WRITE, UNLOCK):
+            await other.lock(131, 1, Held(1, 5, 9, 1, kind, False), False)
+        resource = resource_of(131)
+        assert not tables._pins and cluster.role.master.mode_of(HOME, resource) is LockMode.NL
+        assert tables.reclaim(HOME, 131, mine.mine.locks_of(131, 0))
+        assert not tables.reclaim(3, 131, [Held(1, 20, 20, 1, WRITE, False)])
         for task in cluster.tasks:
             task.cancel()
         for state in cluster.states.values():

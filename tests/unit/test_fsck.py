@@ -9,11 +9,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from diskimage import FakeClock, loop_device, loop_missing, open_lockspace
+from diskimage import FakeClock, LoopDisk, loop_device, open_lockspace
 from faketarget import FakeTarget
 
 from mxfs_proto.errors import IoFailure
@@ -28,7 +28,7 @@ from mxfs_proto.ondisk import (
     seal,
     slot_record,
 )
-from mxfsd import fencing, hold, rundir
+from mxfsd import fencing, hold, rundir, xfsprogs
 from mxfsd import lockcheck as lockcheck_module
 from mxfsd.cli import fsck, mkfs, mxfs
 from mxfsd.core.lease import UNKNOWN_INCARNATIONS, Joiner
@@ -38,9 +38,10 @@ from mxfsd.core.watch import Snapshot
 from mxfsd.io.disk import Disk
 from mxfsd.io.lockspace import ClaimRefused, Lockspace
 from mxfsd.options import RUN_ROOT_ENV
+from mxfsd.pr.probe import Probe
 from mxfsd.pr.reservations import Reservations
 
-pytestmark = pytest.mark.skipif(bool(loop_missing()), reason=loop_missing() or "loop devices work")
+pytestmark = pytest.mark.needs("root", "loop", "xfs")
 T = Timeouts.named("fast")
 MIB = 1 << 20
 SIZE = 320 * MIB
@@ -60,12 +61,8 @@ def formatted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     image.unlink()
 
 
-@dataclass
-class Volume:
-    """A volume of one test: its image, and the loop device over it."""
-
-    image: Path
-    device: str
+class Volume(LoopDisk):
+    """A volume of one test."""
 
     def blocks(self) -> dict[int, bytes]:
         """What is in the image: the blocks of 4096 bytes that are not all zeros, by their byte offset."""
@@ -275,6 +272,15 @@ def test_refuses_a_volume_that_a_node_joins_meanwhile(volume: Volume, clock: Fak
     assert "in use by node 'new' (slot 2)" in refusal(capsys, volume.device, "-n")
 
 
+def test_refuses_a_volume_that_a_node_leaves_meanwhile(volume: Volume, clock: FakeClock, capsys: Capsys) -> None:
+    record = volume.join("n1", SlotState.ACTIVE)
+    space = open_lockspace(volume.device, clock)
+    clock.on_sleep = lambda: space.write_slot(replace(record, state=SlotState.LEFT, counter=record.counter + 1))
+    said = refusal(capsys, volume.device, "-n")
+    assert "slot 1 was just given up: unmount the volume on every node, then try again" in said
+    space.close()
+
+
 def test_refuses_a_volume_whose_home_renews(volume: Volume, clock: FakeClock, capsys: Capsys) -> None:
     """Its slot stands still, or is torn: the lease's counter tells too."""
     volume.join("n1", SlotState.ACTIVE, home=True)
@@ -296,7 +302,8 @@ def test_refuses_plain_xfs(volume: Volume, capsys: Capsys) -> None:
     subprocess.run(["mkfs.xfs", "-q", "-f", "-K", volume.device], check=True)
     volume.put(SIZE - RECORD_BYTES, bytes(RECORD_BYTES))
     volume.put(LOCKSPACE, bytes(RECORD_BYTES))
-    assert "holds plain XFS, no MXFS volume" in refusal(capsys, volume.device, "-n")
+    said = refusal(capsys, volume.device, "-n")
+    assert "holds plain XFS, no MXFS volume, as this host sees it: if it is one elsewhere, rescan" in said
 
 
 def test_refuses_a_lockspace_that_outlived_its_xfs(volume: Volume, capsys: Capsys) -> None:
@@ -362,7 +369,7 @@ def test_says_the_way_out_of_a_reservation(volume: Volume, capsys: Capsys, monke
 
 
 def test_says_that_xfsprogs_is_missing(volume: Volume, capsys: Capsys, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fsck.shutil, "which", lambda name: "/nonexistent/xfs_repair")
+    monkeypatch.setattr(xfsprogs.shutil, "which", lambda name: "/nonexistent/xfs_repair")
     assert "install xfsprogs" in failure(capsys, volume.device, "-n")[0]
 
 
@@ -809,6 +816,28 @@ def test_a_disk_with_reservations_lets_only_the_holder_in(volume: Volume, monkey
     assert (slot.state, slot.pr_key) == (SlotState.FREE, 0)
 
 
+def test_reservations_that_are_elsewhere(volume: Volume, monkeypatch: pytest.MonkeyPatch, capsys: Capsys) -> None:
+    """With --prdev the dead home is fenced where its nodes fence, and this program's registration is there."""
+    target = FakeTarget()
+    asked = []
+
+    def at(device: str, **_options: object) -> Probe:
+        asked.append(device)
+        return Probe(Reservations(device, [target.nexus("holder")]), "a test", "")
+
+    monkeypatch.setattr(fencing, "open_reservations", at)
+    dead = fencing.PrFencing(Reservations("elsewhere", [target.nexus("dead")]), "a test")
+    dead.join(replace=True)
+    record = volume.join("n1", SlotState.FAILED, home=True)
+    space = Lockspace.open(volume.device)
+    space.write_slot(replace(record, counter=record.counter + 1, pr_key=dead.key))
+    space.close()
+    volume.put(INOBT, os.urandom(RECORD_BYTES))
+    code, out, _ = run(capsys, volume.device, "--prdev", "iscsi://there/t/1")
+    assert (code, asked) == (1, ["iscsi://there/t/1"]), out
+    assert "XFS: repaired" in out and target.registered == {}
+
+
 def test_the_repair_ends_with_the_program_that_holds_the_volume(volume: Volume, slow: Path) -> None:
     program = subprocess.Popen(
         [sys.executable, "-m", "mxfsd.cli.mxfs", "fsck", volume.device], stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -845,3 +874,74 @@ def volume_uuid(volume: Volume) -> bytes:
     space = Lockspace.open(volume.device, readonly=True)
     space.close()
     return space.volume
+
+
+# -- the rest of what is said ----------------------------------------------------------------------------------
+
+
+def test_an_interruption(volume: Volume, monkeypatch: pytest.MonkeyPatch, capsys: Capsys) -> None:
+    def interrupted(*_words: object, **_options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fsck, "_check", interrupted)
+    assert "interrupted; what was begun may be half done: run it again" in refusal(capsys, volume.device)
+
+
+def test_refuses_a_device_that_this_host_sees_too_short(volume: Volume, capsys: Capsys) -> None:
+    volume.resize(LOCKSPACE - (8 << 20))
+    said = refusal(capsys, volume.device, "-n")
+    assert "this host sees" in said and "rescan it here" in said
+
+
+def test_a_hold_that_is_lost_starts_no_repair(volume: Volume, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool(tmp_path, monkeypatch, "touch $0.ran")
+    volume.join("n1", SlotState.LEFT)
+    with hold.Hold(volume.device, "fsck") as held:
+        held.lost = "slot taken"
+        with pytest.raises(IoFailure, match=r"xfs_repair was stopped, the volume could not be held \(slot taken\)"):
+            fsck.xfs_repair(volume.device, hold=held)
+    assert not (tmp_path / "bin/xfs_repair.ran").exists()
+
+
+def test_a_volume_that_cannot_be_held(volume: Volume, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No lease to be read; one whose owner left no word; one that is renewed; a disk that is too slow. Each frees the
+    slot that was claimed, if any."""
+    record = volume.join("n1", SlotState.ACTIVE, home=True)
+
+    def refused(match: str) -> None:
+        with pytest.raises(IoFailure, match=match), hold.Hold(volume.device, "fsck"):
+            pass
+        slots = volume.snapshot().slots
+        assert [slot.name for slot in slots if slot is not None and slot.state is not SlotState.FREE] == ["n1"]
+
+    with monkeypatch.context() as patch:
+        seen = hold.Hold._await_silence
+        beats = iter(range(100))
+
+        def renewed(held: hold.Hold, lease: object, owner: object) -> None:
+            def sleep(_seconds: float) -> None:
+                space = Lockspace.open(volume.device)
+                space.write_slot(replace(record, counter=record.counter + 1 + next(beats)))
+                space.close()
+
+            held._lockspace.sleep = sleep
+            seen(held, lease, owner)  # type: ignore[arg-type]
+
+        patch.setattr(hold.Hold, "_await_silence", renewed)
+        refused("in use by the home 'n1' \\(slot 1\\): unmount it there first")
+    space = Lockspace.open(volume.device)
+    space.write_slot(replace(record, state=SlotState.LEFT, incarnation=record.incarnation + 1, counter=900))
+    with (
+        pytest.raises(IoFailure, match="the home in slot 1 ended and left no word of it"),
+        hold.Hold(volume.device, "x"),
+    ):
+        pass
+    space.write_slot(replace(record, state=SlotState.FAILED, counter=901))
+    with monkeypatch.context() as patch:
+        patch.setattr(hold.Keeper, "hold", lambda *_words: hold.LeaseLost("too late"))
+        refused("the disk is too slow to hold the volume: too late")
+    space.close()
+    for number in (1, 2):
+        volume.tear(number)
+    with pytest.raises(IoFailure, match="no copy of the home lease can be read"), hold.Hold(volume.device, "fsck"):
+        pass

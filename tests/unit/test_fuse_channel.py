@@ -18,6 +18,7 @@ from mxfs_fuse.callers import caller, interrupt
 from mxfs_fuse.channel import native
 from mxfs_fuse.channel.native import NativeChannel, mount_words
 from mxfs_fuse.channel.replies import Listing, NativeReplies, attr_out
+from mxfs_fuse.channel.types import Opened
 from mxfs_proto import fuse
 from mxfs_proto.errors import PeerError
 from mxfs_proto.fuse import InitFlag, Opcode
@@ -72,6 +73,9 @@ class Operations:
 
     async def open(self, inode: int, flags: int, _ctx: Any) -> FileInfo:
         return FileInfo(fh=inode + flags, direct_io=True)
+
+    async def tmpfile(self, _parent: int, mode: int, flags: int, _ctx: Any) -> tuple[FileInfo, bytes]:
+        return FileInfo(fh=mode + flags), self.replies.entry(7, ATTR, 1.25, 0.5)
 
     async def write(self, fh: int, off: int, buf: bytes, privileged: bool) -> int:
         self.seen.append((fh, off, buf, privileged))
@@ -205,6 +209,58 @@ async def test_init_with_an_older_kernel_asks_for_less(kernel: Kernel) -> None:
     offered = InitFlag.DO_READDIRPLUS | InitFlag.BIG_WRITES | InitFlag.ASYNC_READ
     code, data = await kernel.ask(Opcode.INIT, init(minor=31, flags=int(offered)))
     assert (code, fuse.INIT_OUT.unpack(data)[1], fuse.INIT_OUT.unpack(data)[3]) == (0, 31, int(offered))
+
+
+@pytest.mark.parametrize("wants", [False, True])
+@pytest.mark.parametrize(("flags", "flags2"), [(NEW_KERNEL, 1 << 5), (NEW_KERNEL, 0), (NEW_KERNEL ^ 1 << 30, 1 << 5)])
+async def test_passthrough_is_agreed_upon_where_both_want_it(
+    kernel: Kernel, wants: bool, flags: int, flags2: int
+) -> None:
+    kernel.channel.wants_passthrough = wants
+    body = fuse.INIT_IN_EXT.pack(7, 45, 131072, flags, flags2) + bytes(44)
+    code, data = await kernel.ask(Opcode.INIT, body)
+    fields = fuse.INIT_OUT.unpack(data)
+    agreed = wants and flags2 != 0 and bool(flags & InitFlag.INIT_EXT)
+    assert (code, kernel.channel.has_passthrough) == (0, agreed)
+    assert (fields[10], fields[11], bool(fields[3] & InitFlag.INIT_EXT)) == (
+        (1 << 5, 1, True) if agreed else (0, 0, False)
+    )
+
+
+@pytest.mark.parametrize(("direct", "flags"), [(False, 1 << 7), (True, 1 << 7 | 1)])
+async def test_an_open_for_passthrough(kernel: Kernel, direct: bool, flags: int) -> None:
+    async def opened(inode: int, _flags: int, _ctx: Any) -> Opened:
+        return Opened(inode, 9, direct)
+
+    kernel.operations.open = opened  # type: ignore[assignment,method-assign]
+    code, data = await kernel.ask(Opcode.OPEN, fuse.OPEN_IN.pack(os.O_RDWR, 0), nodeid=5)
+    assert (code, fuse.OPEN_OUT.unpack(data)) == (0, (5, flags, 9))
+
+
+def effective() -> int:
+    """This thread's effective capabilities (proc(5))."""
+    with open("/proc/thread-self/status", encoding="ascii") as file:
+        return int(next(line for line in file if line.startswith("CapEff:")).split()[1], 16)
+
+
+async def test_a_backing_file_is_taken_without_the_right_to_leave_set_id_bits(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, bytes, int]] = []
+
+    def ioctl(_fd: int, command: int, argument: bytes) -> int:
+        asked.append((command, bytes(argument), effective()))
+        return 9
+
+    before = effective()
+    monkeypatch.setattr(native.fcntl, "ioctl", ioctl)
+    assert kernel.channel.open_backing(5) == 9
+    kernel.channel.close_backing(9)
+    assert asked == [
+        (0x4010E501, fuse.BACKING_MAP.pack(5, 0, 0), before & ~(1 << 4)),
+        (0x4004E502, fuse.BACKING_ID.pack(9), before),
+    ]
+    assert effective() == before
 
 
 async def test_init_with_another_major_version(kernel: Kernel) -> None:
@@ -398,7 +454,7 @@ async def test_forget(kernel: Kernel) -> None:
 
 async def test_an_answer_that_the_kernel_does_not_take_is_taken_back(kernel: Kernel) -> None:
     """The caller was interrupted: an open file must not stay open for ever, nor an entry be counted."""
-    refused = [False, True, True]
+    refused = [True, True, True]
 
     def answer(*_args: object) -> bool:
         return not refused.pop()
@@ -406,11 +462,12 @@ async def test_an_answer_that_the_kernel_does_not_take_is_taken_back(kernel: Ker
     kernel.channel._answer = answer  # type: ignore[method-assign]
     kernel.send(Opcode.OPEN, fuse.OPEN_IN.pack(2, 0), nodeid=40)
     kernel.send(Opcode.LOOKUP, b"name\0")
+    kernel.send(Opcode.TMPFILE, fuse.CREATE_IN.pack(2, 5, 0, 0) + b"/\0")
     async with asyncio.timeout(5):
-        while len(kernel.operations.seen) < 2:
+        while len(kernel.operations.seen) < 3:
             await asyncio.sleep(0.005)
-    assert kernel.operations.released == [42]
-    assert kernel.operations.seen[1] == [(7, 1)]
+    assert kernel.operations.released == [42, 7]
+    assert kernel.operations.seen[1:] == [[(7, 1)], [(7, 1)]]
 
 
 @pytest.mark.error_logs

@@ -274,6 +274,66 @@ async def test_a_drop_leaves_out_a_read_that_the_home_did_not_answer(rig: Rig) -
     assert rig.kernel.cached == {3}, "under a lock it is kept"
 
 
+class ManyFiles:
+    """The kernel's side of many files: a pass through a *stuck* one waits, one of *failing* fails."""
+
+    has_epoch = False
+
+    def __init__(self, inos: list[int], stuck: set[int], failing: set[int]) -> None:
+        self.cached = set(inos)
+        self.stuck = {ino: threading.Event() for ino in stuck}
+        self.failing = failing
+        self.passes: list[int] = []
+
+    def inval_pages(self, nodeid: int, offset: int, length: int) -> int:
+        self.passes.append(nodeid)
+        # What an upcall has locked it leaves out when that is known: not by ranges that go around it.
+        if nodeid in self.stuck and (offset, length) == (0, 0):
+            assert self.stuck[nodeid].wait(20)
+        if nodeid in self.failing:
+            return errno.ENOMEM
+        self.cached.discard(nodeid)
+        return 0
+
+
+async def test_many_files_are_dropped_once_each(rig: Rig) -> None:
+    nodes = [Node(Fid(1000 + number, 1)) for number in range(300)]
+    kernel = ManyFiles([node.fid.ino for node in nodes], set(), set())
+    rig.locks.kernel = kernel  # type: ignore[assignment]
+    await rig.locks.drop_pages_of_many(nodes)
+    assert kernel.cached == set() and all(node.first_write for node in nodes)
+    await rig.locks.drop_pages_of_many([])
+
+
+async def test_a_file_that_an_upcall_holds_does_not_stop_the_others(rig: Rig) -> None:
+    """Its page is left out once the upcall is known of; what lies behind it is dropped without waiting."""
+    nodes = [Node(Fid(1000 + number, 1)) for number in range(50)]
+    kernel = ManyFiles([node.fid.ino for node in nodes], {1010, 1049}, set())
+    rig.locks.kernel = kernel  # type: ignore[assignment]
+    work = asyncio.ensure_future(rig.locks.drop_pages_of_many(nodes))
+    await rig.until(lambda: kernel.cached == {1010, 1049})
+    await asyncio.sleep(0.05)
+    assert not work.done(), "what a pass waits for is not dropped"
+    nodes[10].came(1, 0, 4096)
+    nodes[49].came(2, 0, 4096)
+    async with asyncio.timeout(10):
+        await work
+    assert kernel.cached == set()
+    for event in kernel.stuck.values():
+        event.set()
+
+
+async def test_what_the_kernel_did_not_drop_is_told_and_the_others_are_dropped(rig: Rig, log_guard: list[str]) -> None:
+    nodes = [Node(Fid(1000 + number, 1)) for number in range(50)]
+    kernel = ManyFiles([node.fid.ino for node in nodes], set(), {1010})
+    rig.locks.kernel = kernel  # type: ignore[assignment]
+    with pytest.raises(OSError, match="invalidating kernel caches"):
+        await rig.locks.drop_pages_of_many(nodes)
+    assert kernel.cached == {1010}
+    assert log_guard
+    log_guard.clear()
+
+
 async def test_what_cannot_be_made_durable_keeps_the_lock(
     rig: Rig, monkeypatch: pytest.MonkeyPatch, log_guard: list[str]
 ) -> None:

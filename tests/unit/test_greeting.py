@@ -43,8 +43,8 @@ def test_payloads() -> None:
         "node n2 has fencing=lease, home n1 has fencing=pr: use the same"
     )
     assert greeting.objection({}, "n1", "default", "lease") is not None
-    welcome = greeting.read_welcome(unpack_json(greeting.welcome(7, 1, Fid(128, 3))))
-    assert welcome == greeting.Welcome(7, 1, Fid(128, 3))
+    welcome = greeting.read_welcome(unpack_json(greeting.welcome(7, 1, Fid(128, 3), 9)))
+    assert welcome == greeting.Welcome(7, 1, Fid(128, 3), 9)
 
 
 @pytest.mark.parametrize("fields", [{}, {"epoch": 1, "home": 1}, {"epoch": "x", "home": 1, "root": [1, 2]}])

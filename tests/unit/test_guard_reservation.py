@@ -58,6 +58,7 @@ class Node:
     _reestablish: Any = Daemon._reestablish
     _thaw: Any = Daemon._thaw
     guard: Any = Daemon._guard
+    is_fenced: Any = Daemon._is_fenced
 
 
 async def until(node: Node, event: str) -> None:
@@ -103,6 +104,23 @@ async def test_a_node_that_was_shut_out_stops(checks: list[Any], again: list[Any
     await until(node, "refused")
     assert node.events[-2:] == ["crash", "refused"]
     assert "resume" not in node.events
+
+
+@pytest.mark.parametrize(
+    ("checks", "fenced"),
+    [
+        ([Standing.OK], False),
+        ([Standing.LOST], False),
+        ([Standing.PREEMPTED], True),
+        ([IoFailure("x"), Standing.OK], False),
+        ([IoFailure("x"), Preempted("disk", 1)], True),
+    ],
+)
+async def test_whether_it_is_fenced_is_what_the_disk_says(checks: list[Any], fenced: bool) -> None:
+    node = Node(Agent(checks, []))
+    assert await node.is_fenced() is fenced
+    assert not node.fencing.checks
+    assert not node.events, "what to do about it is the guard's"
 
 
 async def test_a_home_that_is_none_any_more_is_not_served_again() -> None:

@@ -32,7 +32,7 @@ from mxfs_proto.ops import (
 )
 from mxfsd.core.dlm import LockMaster
 from mxfsd.core.timeouts import Timeouts
-from mxfsd.home import Frozen, LowerFailed, check_request
+from mxfsd.home import Frozen, LowerFailed, Outcome, check_request
 from mxfsd.io import libc
 
 pytestmark = pytest.mark.needs("root", "loop", "xfs")
@@ -300,7 +300,8 @@ async def test_after_a_force_that_fails_nothing_is_answered(home: Home, lower: G
     with pytest.raises(LowerFailed):  # it saw what may be lost
         await home.do(B, Op.LOOKUP, *base, b"dir")
     lower.gate.fail = None
-    assert (await home.do(B, Op.LOOKUP, *base, b"dir")).errno == 0
+    with pytest.raises(LowerFailed):  # that the next force succeeds says nothing of what this one was for
+        await home.do(B, Op.LOOKUP, *base, b"dir")
 
 
 # -- unstable data -----------------------------------------------------------------------------------------------
@@ -479,6 +480,45 @@ async def test_no_descriptor_stays_of_what_the_home_may_free(home: Home, lower: 
     assert not open_here(lower, file)
 
 
+async def test_a_file_without_a_name_lives_as_long_as_it_is_open(home: Home, lower: GatedLower, base: Fid) -> None:
+    outcome = await home.do(A, Op.TMPFILE, *base, 0o640, want_lock=True)
+    (attr,) = outcome.values
+    file = fid_of(attr)
+    assert (attr.nlink, attr.mode, lower.orphans(), lower.names(base)) == (0, 0o100640, [file], [])
+    assert [(grant.ino, grant.mode) for grant in outcome.grants] == [(file.ino, LockMode.EX)]
+    changed = (await home.do(A, Op.SETATTR, *file, Valid.SIZE, 0, 0, 0, 99, 0, 0)).values[0]
+    seen = (await home.do(A, Op.GETATTR, *file)).values[0]
+    assert [(each.nlink, each.size) for each in (changed, seen)] == [(0, 99)] * 2
+    assert (await home.do(A, Op.LINK, *file, *base, b"name")).errno == errno.ENOENT
+    home.open_at(A, file)
+    home.service.reap_all()
+    await until(home.idle)
+    assert lower.orphans() == [file]
+    home.open_at(A, file, 0, 0)
+    home.service.reap_all()
+    await until(lambda: lower.orphans() == [])
+    assert (await home.do(A, Op.LINK_UNNAMED, *file, *base, b"name")).errno == errno.ENOENT
+    await until(home.idle)
+
+
+async def test_a_file_without_a_name_gets_one(home: Home, lower: GatedLower, base: Fid) -> None:
+    file = fid_of((await home.do(A, Op.TMPFILE, *base, 0o640)).values[0])
+    home.open_at(A, file, 0, 1)
+    await home.make(B, base, b"taken")
+    assert (await home.do(A, Op.LINK_UNNAMED, *file, *base, b"taken")).errno == errno.EEXIST
+    assert (await home.do(A, Op.LINK_UNNAMED, *file, *lower.root, b".mxfs")).errno != 0
+    assert lower.orphans() == [file]
+    attr, directory = (await home.do(A, Op.LINK_UNNAMED, *file, *base, b"name")).values
+    assert (fid_of(attr), attr.nlink, directory.ino) == (file, 1, base.ino)
+    assert (await home.do(B, Op.LOOKUP, *base, b"name")).values[0].nlink == 1
+    assert lower.orphans() == []
+    home.open_at(A, file, 0, 0)
+    home.service.reap_if_closed(file.ino)
+    await turns()
+    assert lower.names(base) == [b"name", b"taken"]
+    assert home.idle()
+
+
 async def test_in_the_grace_period_no_orphan_is_freed(home: Home, lower: GatedLower, base: Fid) -> None:
     file = fid_of((await home.do(A, Op.CREATE, *base, b"file", 0o644, 0)).values[1])
     lower.unlink(base, b"file", file)
@@ -626,6 +666,105 @@ async def test_appends_are_placed_by_the_home(home: Home, base: Fid) -> None:
         assert data[row.values[0] : row.values[0] + 10] == b"%d" % node * 10
 
 
+@pytest.mark.parametrize("op", [Op.READ, Op.GETATTR, Op.LOOKUP, Op.LSEEK])
+async def test_what_the_home_writes_under_a_lock_that_it_keeps_is_durable_before_another_node_sees_it(
+    home: Home, lower: GatedLower, base: Fid, op: Op
+) -> None:
+    """The home has a cached writer: called back for a read elsewhere, it keeps PW."""
+    file = await home.make(A, base, b"log")
+    os.pwrite(lower.file_fd(file), b"some", 0)
+    home.silent.add(HOME)
+    values: dict[Op, tuple[Any, ...]] = {
+        Op.READ: (*file, 0, 10),
+        Op.GETATTR: (*file,),
+        Op.LOOKUP: (*base, b"log"),
+        Op.LSEEK: (*file, 0, os.SEEK_HOLE),
+    }
+
+    async def ask() -> Outcome:
+        """The home answers each BAST as its cached writer has it."""
+        task = home.start(A, op, *values[op], want_lock=True)
+        async with asyncio.timeout(20):
+            while not task.done():
+                basts, home.basts = home.basts, []
+                for bast in basts:
+                    keeps = bast.ino == file.ino and bast.flags & LockFlag.MAY_KEEP
+                    mode = LockMode.PW if keeps else LockMode.NL
+                    home.run(home.master.release(0, bast.node, bast.ino, bast.seq, mode, (0, 1)))
+                await asyncio.sleep(0)
+        return await task
+
+    lower.synced.clear()
+    assert (await ask()).errno == 0
+    assert file in lower.synced
+    lower.gate.fail = OSError(errno.EIO, "the disk is gone")
+    with pytest.raises(LowerFailed):
+        await ask()
+
+
+async def pinned(home: Home, lower: GatedLower, base: Fid) -> Fid:
+    """A file that the home's kernel may write by itself, in which a program of the home has written."""
+    file = await home.make(A, base, b"mapped")
+    home.opens[HOME, file.ino] = (0, 2)
+    home.open_at(A, file)
+    home.run(home.master.opens_update(0, HOME, file.ino, (0, 2), pinned=True))
+    lower.synced.clear()
+    return file
+
+
+@pytest.mark.parametrize("op", [Op.READ, Op.GETATTR, Op.LOOKUP, Op.LSEEK])
+async def test_what_the_homes_kernel_wrote_is_durable_before_another_node_sees_it(
+    home: Home, lower: GatedLower, base: Fid, op: Op
+) -> None:
+    file = await pinned(home, lower, base)
+    values: dict[Op, tuple[Any, ...]] = {
+        Op.READ: (*file, 0, 10),
+        Op.GETATTR: (*file,),
+        Op.LOOKUP: (*base, b"mapped"),
+        Op.LSEEK: (*file, 0, os.SEEK_HOLE),
+    }
+    outcome = await home.do(A, op, *values[op], want_lock=True)
+    assert file in lower.synced and file.ino not in [grant.ino for grant in outcome.grants]
+    lower.synced.clear()
+    await home.do(HOME, op, *values[op])
+    assert file not in lower.synced
+    lower.gate.fail = OSError(errno.EIO, "the disk is gone")
+    with pytest.raises(LowerFailed):
+        await home.do(A, op, *values[op])
+
+
+async def test_appends_beside_the_homes_kernel_overwrite_nothing(home: Home, lower: GatedLower, base: Fid) -> None:
+    """The place is found by the system call that writes: a program of the home appends in the moment before it."""
+    file = await pinned(home, lower, base)
+    opened = lower.open
+
+    def sneaks_in(fid: Fid, flags: int) -> int:
+        fd = os.open(f"/proc/self/fd/{lower.file_fd(fid)}", os.O_WRONLY | os.O_APPEND)
+        os.write(fd, b"home.")
+        os.close(fd)
+        lower.forget(fid.ino)
+        return opened(fid, flags)
+
+    lower.open = sneaks_in  # type: ignore[method-assign]
+    done = [(await home.do(A, Op.WRITE, *write(file, b"node", 0, WriteFlag.APPEND))).values for _ in range(2)]
+    assert done == [[5, 4], [14, 4]]
+    (data,) = (await home.do(A, Op.READ, *file, 0, 100)).values
+    assert data == b"home.nodehome.node"
+    home.opens[HOME, file.ino] = (0, 0)
+    home.run(home.master.opens_update(0, HOME, file.ino, (0, 0)))
+    done = [(await home.do(HOME, Op.WRITE, *write(file, b"own", 0, WriteFlag.APPEND | WriteFlag.BESIDE))).values]
+    assert done == [[23, 3]], "its own FUSE layer says so itself"
+
+
+async def test_no_descriptor_for_writing_stays_of_what_the_homes_kernel_writes(
+    home: Home, lower: GatedLower, base: Fid
+) -> None:
+    file = await pinned(home, lower, base)
+    await home.do(A, Op.WRITE, *write(file, b"x", 0, WriteFlag.STABLE))
+    await home.do(A, Op.READ, *file, 0, 10)
+    assert lower._files.get(file) is None
+
+
 async def test_every_operation_answers(home: Home, base: Fid) -> None:
     """The values of each reply fit its declaration: the reply is packed."""
     file = await home.make(A, base, b"file")
@@ -668,7 +807,9 @@ async def test_every_operation_answers(home: Home, base: Fid) -> None:
         (Op.IOCTL, *base, FITRIM, bytes(8) + b"\xff" * 8 + bytes(8)),
         (Op.BTIME, *file),
     ]
-    assert {row[0] for row in rows} | {Op.SYMLINK} == set(Op)
+    unnamed = fid_of((await home.do(A, Op.TMPFILE, *base, 0o644)).values[0])
+    rows.append((Op.LINK_UNNAMED, *unnamed, *base, b"unnamed"))
+    assert {row[0] for row in rows} | {Op.SYMLINK, Op.TMPFILE} == set(Op)
     got = {}
     for op, *values in rows:
         outcome = await home.do(A, op, *values, want_lock=True)

@@ -1,6 +1,8 @@
 """Names that the home's own FUSE layer takes away, on its lower XFS: what becomes of a file that is open elsewhere."""
 
 import asyncio
+import errno
+import os
 from collections.abc import Awaitable, Iterator
 from typing import Any, cast
 
@@ -96,3 +98,41 @@ async def test_nor_where_another_takes_its_name(here: Operations, elsewhere: boo
     root = cast(Any, 1)
     assert await is_shipped(here, here.rename(root, b"other", root, b"file", 0, CTX)) == elsewhere
     assert fid_of(lower, b"file") == (before if elsewhere else moved)
+
+
+async def test_a_file_without_a_name_is_made_here_and_named_by_the_daemon(here: Operations) -> None:
+    lower, state = here.state.lower, here.state
+    assert lower is not None
+    info, _entry = await here.tmpfile(cast(Any, 1), 0o640, os.O_RDWR | os.O_TMPFILE, CTX)
+    node = here.io.handles[info.fh].node
+    assert lower.orphans() == [node.fid] and node.unnamed
+    assert (await here._attr(node))[0].nlink == 0
+    assert await is_shipped(here, here.link(cast(Any, node.fid.ino), cast(Any, 1), b"name", CTX))
+    assert node.unnamed, "nobody has said that it has a name"
+    await here.release(info.fh)
+    assert lower.orphans() == []
+    await here.forget([(cast(Any, node.fid.ino), 1)])
+    assert node.fid.ino not in state.nodes
+
+
+async def test_one_that_was_freed_before_it_was_open_is_made_again(
+    here: Operations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lower = here.state.lower
+    assert lower is not None
+    made: list[Fid] = []
+    open_new = here.io.open_new
+
+    async def freed_first(node: Any, flags: int, fd: int, uid: int) -> Any:
+        made.append(node.fid)
+        if len(made) == 1:
+            os.close(fd)
+            lower.reap(node.fid)
+            raise OSError(errno.ESTALE, "freed")
+        return await open_new(node, flags, fd, uid)
+
+    monkeypatch.setattr(here.io, "open_new", freed_first)
+    info, _entry = await here.tmpfile(cast(Any, 1), 0o640, os.O_RDWR | os.O_TMPFILE, CTX)
+    assert lower.orphans() == [made[1]] == [here.io.handles[info.fh].node.fid]
+    await here.release(info.fh)
+    assert lower.orphans() == []

@@ -47,6 +47,7 @@ class Rig:
         self.locks: list[tuple[int, LockRecord]] = []
         self.replies: list[tuple[int, int, int, bytes]] = []
         self.silent: list[int] = []
+        self.fenced = False
         self.role = HomeRole(
             HOME,
             epoch,
@@ -59,8 +60,12 @@ class Rig:
             self.silent.append,
             self.recovered.records,
             self.failures.append,
+            is_fenced=self._is_fenced,
         )
         self.role.run(self.role.master.grace_over(0))
+
+    async def _is_fenced(self) -> bool:
+        return self.fenced
 
     def _send_lock(self, node: int, record: LockRecord) -> None:
         self.locks.append((node, record))
@@ -114,6 +119,18 @@ async def rig(device: str, request: pytest.FixtureRequest) -> AsyncIterator[Rig]
         for fid in lower.orphans():
             lower.reap(fid)
         lower.close()
+
+
+async def test_the_home_is_called_back_once_for_a_series_of_operations(rig: Rig) -> None:
+    """What a node used just now is not given back at once, only to be called back by its next operation."""
+    await rig.make(A, 1, b"first")
+    rig.locks.clear()
+    for seq in (2, 3):
+        rig.ship(A, seq, Op.MKDIR, *rig.base, b"dir%d" % seq, 0o755)
+        _, grants, _ = await rig.reply(Op.MKDIR)
+        for got in grants:
+            rig.role.on_lock(A, LockRelease(got.ino, got.seq, LockMode.NL, 0, 0))
+    assert [record for record in rig.of(HOME) if record.ino == rig.base.ino] == []
 
 
 # -- exactly once ------------------------------------------------------------------------------------------------
@@ -292,6 +309,29 @@ async def test_a_force_that_fails_is_answered_by_nobody(rig: Rig) -> None:
     await turns()
     assert rig.replies == [], "nor what comes later"
     rig.failures.clear()
+
+
+@pytest.mark.error_logs
+@pytest.mark.parametrize("code", [errno.EIO, errno.EBADE])
+@pytest.mark.parametrize("fenced", [False, True])
+async def test_an_error_of_the_disk_is_an_answer_unless_the_home_was_fenced(
+    rig: Rig, code: int, fenced: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """RESERVATION CONFLICT comes as EBADE, or as EIO of a page: the next home answers."""
+    rig.fenced = fenced
+
+    def lookup(*_: Any) -> None:
+        raise OSError(code, "from the disk")
+
+    monkeypatch.setattr(rig.lower, "lookup", lookup)
+    rig.ship(A, 1, Op.LOOKUP, *rig.base, b"name")
+    await until(lambda: rig.failures if fenced else rig.replies)
+    await turns()
+    if fenced:
+        assert not rig.replies and len(rig.failures) == 1
+        rig.failures.clear()
+    else:
+        assert (await rig.reply(Op.LOOKUP))[0] == errno.EIO
 
 
 @pytest.mark.error_logs

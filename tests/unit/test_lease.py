@@ -388,6 +388,23 @@ def test_unreadable_lease(disk: FakeDisk) -> None:
     assert refused(disk.claim_lease(me)) == EUCLEAN
 
 
+def test_a_lease_that_another_claimed_meanwhile_is_not_ours(disk: FakeDisk) -> None:
+    """Both wrote; the one who finds the other's record behind its own, after the wait, has lost."""
+    me = node(disk)
+    disk.put(2, SlotState.ACTIVE)
+
+    def rival() -> None:
+        disk.beat(2)
+        if disk.writes and disk.lease is not None and disk.lease.owner_slot == 1:
+            last = disk.lease
+            disk.lease = replace(last, sequence=last.sequence + 9, epoch=last.epoch + 1, owner_slot=2, owner_uuid=OTHER)
+            disk.lease = replace(disk.lease, incarnation=7)
+
+    disk.hook = rival
+    assert refused(disk.claim_lease(me)) == EBUSY
+    assert disk.lease is not None and disk.lease.owner_slot == 2
+
+
 def test_late_lease_claim_is_given_up_and_made_again(disk: FakeDisk) -> None:
     """The record on the disk is ours then, but it counts only after every covered lease has ended."""
     me = node(disk)

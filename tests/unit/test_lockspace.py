@@ -62,19 +62,23 @@ def test_empty_lockspace(lockspace: Lockspace) -> None:
 
 
 @pytest.mark.parametrize("lost", [OFFSET, SIZE - 4096])
-def test_one_header_copy_may_be_lost(image: Path, lost: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mxfsd.io.lockspace.DEFAULT_LOCKSPACE_BYTES", LOCKSPACE)
+@pytest.mark.parametrize("default", [LOCKSPACE, 16 << 20])
+def test_one_header_copy_may_be_lost(image: Path, lost: int, default: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Record 0 is found at the default place, else behind the XFS."""
+    monkeypatch.setattr("mxfsd.io.headers.DEFAULT_LOCKSPACE_BYTES", default)
     damage(image, lost, bytes(4096))
     Lockspace.open(str(image)).close()
 
 
 def test_no_volume(image: Path) -> None:
+    damage(image, OFFSET, bytes(4096))
     damage(image, SIZE - 4096, bytes(4096))
     with pytest.raises(ForeignRecord, match="no MXFS volume"):
         Lockspace.open(str(image))
 
 
 def test_torn_header_is_named(image: Path) -> None:
+    damage(image, OFFSET + 100, b"torn")
     damage(image, SIZE - 4096 + 100, b"torn")
     with pytest.raises(TornRecord):
         Lockspace.open(str(image))
@@ -85,6 +89,7 @@ def test_header_of_another_version(image: Path, monkeypatch: pytest.MonkeyPatch)
         header = read_header(disk)
         monkeypatch.setattr("mxfs_proto.ondisk.VERSION", 2)
         disk.write(SIZE - 4096, header.encode(1))
+        disk.write(OFFSET, header.encode(0))
         monkeypatch.undo()
     with pytest.raises(OtherVersion, match="version 2"):
         Lockspace.open(str(image))
@@ -94,6 +99,7 @@ def test_shrunk_device(image: Path) -> None:
     with Disk(str(image)) as disk:
         header = replace(read_header(disk), lockspace_bytes=LOCKSPACE * 2)
         disk.write(SIZE - 4096, header.encode(1))
+        disk.write(OFFSET, header.encode(0))
     with pytest.raises(MediaError, match="shrunk"):
         Lockspace.open(str(image))
 
@@ -184,6 +190,20 @@ def test_claim_lease_move_and_release(image: Path, lockspace: Lockspace, clock: 
     with pytest.raises(ClaimRefused) as caught:
         lockspace.give_lease(second.record, clock.ms + 100, 0, T)
     assert caught.value.errno == errno.ESTALE
+
+
+def test_a_claim_is_durable_before_it_counts(lockspace: Lockspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A claim that a power failure takes back would leave a home with a lease that the next one does not see."""
+    disk = lockspace.disk
+    done: list[str] = []
+    for name in ("write", "sync"):
+        call = getattr(disk, name)
+        monkeypatch.setattr(disk, name, lambda *args, name=name, call=call: (done.append(name), call(*args))[1])
+    one = lockspace.claim_slot(JOINER, T)
+    assert done[-1] == "sync" and "write" in done
+    done.clear()
+    lockspace.claim_lease(one.record, T)
+    assert done[-1] == "sync" and "write" in done
 
 
 def test_release_and_clear(lockspace: Lockspace) -> None:

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import xfsdisk
 
+from mxfs_proto.errors import IoFailure
 from mxfs_proto.ops import Attr, Fid, Valid
 from mxfsd.io import libc
 from mxfsd.io import lower as lower_module
-from mxfsd.io.lower import HIDDEN, Lower, kill_priv, orphan_name
+from mxfsd.io.lower import HIDDEN, Lower, errno_of, kill_priv, orphan_name
 
 XFS_IOC_GOINGDOWN = 0x8004587D
 """_IOR('X', 125, __u32) of <xfs/xfs_fs.h>."""
@@ -554,3 +555,16 @@ def test_a_force_during_a_shutdown_is_no_success(
     monkeypatch.undo()
     lower.close()
     lower.mount_fd = libc.mount_detached(device, False)
+
+
+@pytest.mark.parametrize(
+    ("error", "seen"),
+    [
+        (OSError(errno.EBADE, "reservation conflict"), errno.EIO),
+        (OSError("no number"), errno.EIO),
+        (OSError(errno.ENOSPC, "full"), errno.ENOSPC),
+        (IoFailure("reserved", errno.EBADE), errno.EIO),
+    ],
+)
+def test_what_programs_see_of_an_error(error: OSError | IoFailure, seen: int) -> None:
+    assert errno_of(error) == seen

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mxfsd import info, options
-from mxfsd.cli import fsck, mkfs, mount, mxfs, mxfsd, pr
+from mxfsd.cli import adopt, fsck, grow, mkfs, mount, mxfs, mxfsd, pr
 from mxfsd.lab import cli as lab
 
 FOLDER = Path(__file__).parents[2] / "man"
@@ -58,7 +58,8 @@ def all_commands() -> dict[str, argparse.ArgumentParser]:
     """The subcommands of mxfs, with those that have a parser of their own."""
     found = commands(mxfs.parser())
     del found["lab"]
-    own = {"info": info.parser(), "pr": pr.parser(), "fsck": fsck.parser("mxfs fsck")}
+    own = {"info": info.parser(), "pr": pr.parser(), "fsck": fsck.parser("mxfs fsck"), "grow": grow.parser()}
+    own |= {"adopt": adopt.parser()}
     assert own.keys() <= found.keys()
     return found | own | {f"lab {name}": parsed for name, parsed in commands(lab.parser()).items()}
 
@@ -98,7 +99,7 @@ def test_flags_and_options_of_mount() -> None:
     own = {match[1] for match in values if match}
     assert own == {f"{name}=" for name in options._OWN}
     words = {word for word, match in zip(found, values, strict=True) if not match and word.islower()}
-    assert words == {"ro", "rw", "localflocks", *options._KERNEL_FLAGS}
+    assert words == {"ro", "rw", "localflocks", "passthrough", *options._KERNEL_FLAGS}
     for name in own:
         assert name in options.known_options()
 

@@ -41,6 +41,12 @@ class Agent:
         self.events.append("fenced")
 
 
+def seen(
+    slot: int, uuid: bytes, incarnation: int, key: int, age_ms: int, state: SlotState = SlotState.ACTIVE
+) -> SlotView:
+    return SlotView(slot, uuid, f"n{slot}", incarnation, state, 1, 9, age_ms, False, 1, key, ())
+
+
 class Home:
     def __init__(self, tmp_path: Path, agent: Agent) -> None:
         self.device = str(diskimage.make_image(tmp_path / "disk"))
@@ -66,13 +72,9 @@ class Home:
         assert found is not None
         return found
 
-    def report(self, age_ms: int, state: SlotState = SlotState.ACTIVE) -> None:
-        def view(slot: int, uuid: bytes, incarnation: int, key: int, age_ms: int, state: SlotState) -> SlotView:
-            return SlotView(slot, uuid, f"n{slot}", incarnation, state, 1, 9, age_ms, False, 1, key, ())
-
-        mine = view(1, b"H" * 16, 1, 0, 0, SlotState.ACTIVE)
-        theirs = view(2, NODE, 5, 0xAB, age_ms, state)
-        self.members.report(BeatReport(1, now_ms(), 1, {1: mine, 2: theirs}, None, None, {}))
+    def report(self, age_ms: int, state: SlotState = SlotState.ACTIVE, *more: SlotView) -> None:
+        views = (seen(1, b"H" * 16, 1, 0xCD, 0), seen(2, NODE, 5, 0xAB, age_ms, state), *more)
+        self.members.report(BeatReport(1, now_ms(), 1, {view.slot: view for view in views}, None, None, {}))
 
     async def until(self, condition: Callable[[], bool]) -> None:
         async with asyncio.timeout(20):
@@ -138,3 +140,49 @@ async def test_a_home_that_gave_up_puts_nobody_out(tmp_path: Path) -> None:
     async with asyncio.timeout(5):
         await asyncio.gather(*home.tasks)
     assert not home.out and home.slot().state is SlotState.ACTIVE
+
+
+@pytest.mark.parametrize(
+    ("claim", "node", "fenced"),
+    [
+        (seen(3, NODE, 1, 0xAB, TIMES.node_dead_ms, SlotState.CLAIMING), 2, False),
+        (seen(3, b"H" * 16, 1, 0xCD, TIMES.node_dead_ms, SlotState.CLAIMING), 1, False),
+        (seen(3, NODE, 1, 0xEF, TIMES.node_dead_ms, SlotState.CLAIMING), 2, True),
+        (seen(3, NODE, 1, 0xAB, TIMES.node_dead_ms, SlotState.ACTIVE), 2, True),
+        (seen(3, NODE, 1, 0xAB, TIMES.node_dead_ms, SlotState.CLAIMING), 0, True),
+    ],
+    ids=[
+        "another node's",
+        "our own",
+        "of an earlier incarnation",
+        "that became a member's",
+        "of a node that is dead too",
+    ],
+)
+async def test_a_claim_that_its_node_gave_up_costs_it_nothing(
+    tmp_path: Path, claim: SlotView, node: int, fenced: bool
+) -> None:
+    """It came too late, on a slow disk, and its node took another slot, with the same registration."""
+    home = Home(tmp_path, Agent())
+    record = SlotRecord(3, claim.state, claim.uuid, "n", claim.incarnation, 1, 9, pr_key=claim.pr_key)
+    home.lockspace.write_slot(record)
+    home.members.expect(3, claim.incarnation)
+    home.report(0 if node else TIMES.node_dead_ms, SlotState.ACTIVE, claim)
+    await home.until(lambda: any(slot == 3 for slot, _, _ in home.out))
+    assert [victim.pr_key for victim in home.agent.fenced if victim.slot == 3] == ([claim.pr_key] if fenced else [])
+    found = home.lockspace.read_slots()[2]
+    assert found is not None and found.state is SlotState.FREE
+    assert home.members.fenced == len(home.agent.fenced)
+
+
+@pytest.mark.error_logs
+async def test_a_claim_over_a_dead_node_s_slot_does_not_spare_its_fence(tmp_path: Path) -> None:
+    """A living node writes a claim too late, over the slot of a node whose fence has not succeeded yet."""
+    home = Home(tmp_path, Agent(failures=1))
+    home.members.contact(2, 5)
+    home.report(TIMES.node_dead_ms)
+    await home.until(lambda: bool(home.agent.events))
+    claim = SlotView(2, b"H" * 16, "n1", 6, SlotState.CLAIMING, 1, 9, 0, False, 1, 0xCD, ())
+    home.members.report(BeatReport(2, now_ms(), 1, {1: seen(1, b"H" * 16, 1, 0xCD, 0), 2: claim}, None, None, {}))
+    await home.until(lambda: bool(home.out))
+    assert [victim.pr_key for victim in home.agent.fenced][:1] == [0xAB]

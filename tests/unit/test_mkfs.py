@@ -1,5 +1,6 @@
 """mkfs.mxfs and mxfs info on loop devices."""
 
+import errno
 import json
 import os
 import subprocess
@@ -8,11 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from diskimage import FakeClock, loop_device, loop_missing, open_lockspace
+from diskimage import FakeClock, loop_device, open_lockspace
 
-from mxfs_proto.errors import MisuseError
+from mxfs_proto.errors import IoFailure, MediaError, MisuseError
 from mxfs_proto.ondisk import SlotState
 from mxfsd import info as info_module
+from mxfsd import xfsprogs
+from mxfsd.cli import device as device_module
 from mxfsd.cli import mkfs
 from mxfsd.core.lease import Joiner
 from mxfsd.core.timeouts import Timeouts
@@ -20,7 +23,7 @@ from mxfsd.io.disk import Disk
 from mxfsd.io.lockspace import Lockspace
 
 T = Timeouts.named("fast")
-needs_loop = pytest.mark.skipif(bool(loop_missing()), reason=loop_missing() or "loop devices work")
+needs_loop = pytest.mark.needs("root", "loop", "xfs")
 
 
 @pytest.fixture
@@ -111,7 +114,7 @@ def test_refuses_a_mounted_device(device: str, tmp_path: Path, capsys: pytest.Ca
     (tmp_path / "mnt").mkdir()
     subprocess.run(["mount", "-t", "xfs", device, str(tmp_path / "mnt")], check=True)
     try:
-        assert f"mounted at {tmp_path}/mnt: unmount it" in refusal(capsys, device, "-f")
+        assert f"is mounted at {tmp_path}/mnt already (type xfs): unmount it" in refusal(capsys, device, "-f")
     finally:
         subprocess.run(["umount", str(tmp_path / "mnt")], check=True)
 
@@ -119,7 +122,7 @@ def test_refuses_a_mounted_device(device: str, tmp_path: Path, capsys: pytest.Ca
 @needs_loop
 def test_refuses_a_device_in_use(device: str, capsys: pytest.CaptureFixture[str]) -> None:
     with Disk(device, exclusive=True):
-        assert "something on this host uses it" in refusal(capsys, device)
+        assert "is in use on this host" in refusal(capsys, device)
 
 
 @needs_loop
@@ -235,3 +238,77 @@ def test_info_of_something_else(tmp_path: Path, capsys: pytest.CaptureFixture[st
     (tmp_path / "file").write_bytes(bytes(8192))
     assert info_module.main_info([str(tmp_path / "file")]) == 1
     assert "no MXFS volume" in capsys.readouterr().err
+    assert info_module.main_info([str(tmp_path / "absent")]) == 1
+    assert capsys.readouterr().err == f"mxfs info: cannot open {tmp_path}/absent: No such file or directory\n"
+    with pytest.raises(SystemExit) as caught:
+        info_module.main_info([])
+    assert caught.value.code == 2
+
+
+@needs_loop
+def test_mkfs_xfs_is_missing_or_fails(
+    device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it fails after the dry run, the old contents are gone, and that is said."""
+    assert run(capsys, device)[0] == 0
+    before = beginning(device)
+    tool = tmp_path / "mkfs.xfs"
+    monkeypatch.setattr(xfsprogs.shutil, "which", lambda _name: str(tool))
+    assert f"cannot run {tool}: No such file or directory: install xfsprogs" in refusal(capsys, device, "-f")
+    tool.write_text("#!/bin/sh\nexit 3\n")
+    tool.chmod(0o755)
+    assert "mkfs.xfs would fail: exit code 3: check the options after --" in refusal(capsys, device, "-f")
+    assert beginning(device) == before
+    tool.write_text('#!/bin/sh\n[ "$3" = -N ] && exit 0\necho "pwrite: Input/output error" >&2\nexit 1\n')
+    said = refusal(capsys, device, "-f")
+    assert "mkfs.xfs failed: pwrite: Input/output error; the device holds no usable volume now" in said
+    with pytest.raises(MediaError):
+        Lockspace.open(device)
+
+
+@needs_loop
+def test_an_xfs_of_another_size_is_no_volume(device: str, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refusal(capsys, device, "--", "-d", "agcount=2", "-N") + refusal(capsys, device, "--", "-d", "size=1g")
+    assert "-N" in said and "size" in said
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mkfs, "XFS_MIN_BYTES", 0)
+        real = mkfs.mkfs_xfs
+
+        def larger(name: str, size: int, label: str, extra: list[str], *, dry_run: bool) -> None:
+            real(name, size + (8 << 20), label, extra, dry_run=dry_run)
+
+        patch.setattr(mkfs, "mkfs_xfs", larger)
+        said = refusal(capsys, device)
+    assert "mkfs.xfs made a file system of 411041792 bytes instead of 402653184; the device holds no usable" in said
+
+
+@needs_loop
+def test_others_have_reserved_the_device(
+    device: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """mkfs.mxfs and mxfs info say what RESERVATION CONFLICT means."""
+
+    def conflict(_disk: Disk, _offset: int, _length: int) -> bytes:
+        raise IoFailure("Invalid exchange", errno.EBADE)
+
+    monkeypatch.setattr(Disk, "read", conflict)
+    assert f"{device} is reserved by others and does not let this host read" in refusal(capsys, device)
+    assert info_module.main_info([device]) == 1
+    assert f"mxfs info: {device} is reserved by others" in capsys.readouterr().err
+
+
+@needs_loop
+def test_a_device_that_does_not_open(
+    device: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_fd: int) -> bool:
+        raise OSError(errno.ENXIO, "No such device or address")
+
+    monkeypatch.setattr(device_module, "is_read_only", broken)
+    assert f"{device}: No such device or address: check that the device works" in refusal(capsys, device)
+
+
+@needs_loop
+def test_only_root_formats(device: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert f"{device}: only root can format a device: use sudo" in refusal(capsys, device)

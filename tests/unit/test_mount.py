@@ -1,5 +1,6 @@
 """mount.mxfs: its command line, its checks, and a daemon that is ready, fails, dies or is silent."""
 
+import errno
 import os
 import signal
 import stat
@@ -9,8 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from diskimage import loop_device
 
-from mxfsd import procs, spawn
+from mxfs_proto.errors import IoFailure, MxfsError
+from mxfs_proto.ondisk import DeviceTooSmall, OtherVersion, TornRecord
+from mxfsd import admission, mountinfo, procs, spawn
 from mxfsd.cli import mount, systemd
 from mxfsd.cli.mount import MountError, parse_arguments
 from mxfsd.options import MountOptions, parse
@@ -104,6 +108,21 @@ def test_a_blank_device_and_a_foreign_one_are_named(image: str, tmp_path: Path) 
 
 
 @pytest.mark.needs("root", "loop")
+def test_a_plain_xfs_may_be_a_volume_that_this_host_does_not_see(tmp_path: Path) -> None:
+    """It is not told to mount it as XFS."""
+    path = tmp_path / "xfs.img"
+    with open(path, "wb") as file:
+        file.truncate(320 << 20)
+    subprocess.run(["mkfs.xfs", "-q", path], check=True)
+    with loop_device(path) as device:
+        with pytest.raises(
+            MountError, match="holds plain XFS, no MXFS volume, as this host sees it: .* rescan"
+        ) as caught:
+            mount.volume_uuid(device)
+    assert "mount -t xfs" not in str(caught.value) and f"mxfs adopt {device} makes it one" in str(caught.value)
+
+
+@pytest.mark.needs("root", "loop")
 def test_a_read_only_device_is_refused(image: str) -> None:
     # On a loop device the mark outlives the device's file, so it is always taken back.
     subprocess.run(["blockdev", "--setro", image], check=True)
@@ -145,7 +164,7 @@ class _Volume:
         self.options = MountOptions(state=str(self.root))
         self.run_dir = self.root / "the-uuid"
         self._patch = monkeypatch
-        monkeypatch.setattr(mount, "volume_uuid", lambda device: "the-uuid")
+        monkeypatch.setattr(mount, "volume_uuid", lambda *_words: "the-uuid")
 
     def mount(self, script: str) -> mount.Mounted:
         argv = [sys.executable, "-c", STUB + script]
@@ -209,7 +228,7 @@ def test_a_failed_mount_leaves_nothing(volume: _Volume, script: str, reason: str
 
 @pytest.mark.needs("root", "loop")
 def test_a_silent_daemon_is_ended_with_its_helpers(volume: _Volume, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mount, "READY_S", 0.5)
+    monkeypatch.setattr(mount, "ready_s", lambda _options: 0.5)
     monkeypatch.setattr(spawn, "TERM_S", 0.2)
     # A helper in a session of its own, and a daemon deaf to SIGTERM.
     script = (
@@ -276,35 +295,110 @@ def test_start_up_imports_nothing_heavy() -> None:
 
 
 def test_the_unit_runs_the_daemon_with_the_values_of_its_environment_file(tmp_path: Path) -> None:
-    """The unit's command line, run by hand as systemd.exec(5) and systemd.service(5) say that systemd runs it."""
+    """The unit's command line, run by hand as systemd.service(5) says that systemd runs it."""
     unit = Path(__file__).parents[2] / "systemd" / systemd.UNIT
     line = next(text for text in unit.read_text().splitlines() if text.startswith("ExecStart="))
-    script = line.removeprefix("ExecStart=/bin/sh -c '").removesuffix("'").replace("$$", "$")
-    run_dir = tmp_path / "u"
-    run_dir.mkdir()
-    script = script.replace("/run/mxfs/%i", str(run_dir))
-    os.mkfifo(run_dir / "ready")
-    fd = os.open(run_dir / "ready", os.O_RDONLY | os.O_NONBLOCK)
     fake = tmp_path / "python"
-    fake.write_text('#!/bin/sh\nprintf "%s\\n" "$@" > "$OUT"\necho oops >&2\necho ready >&3\n')
+    fake.write_text('#!/bin/sh\nprintf "%s\\n" "$@" > "$OUT"\n')
     fake.chmod(0o755)
     mountpoint = "/mnt/a 'b' \"c\" $d"
-    environment = {
+    values = {
         "MXFS_PYTHON": str(fake),
         "MXFS_DEVICE": "/dev/sdb",
         "MXFS_MOUNTPOINT": mountpoint,
-        "MXFS_OPTIONS": "rw,node=x",
-        "OUT": str(tmp_path / "out"),
+        "MXFS_OPTIONS": "",
     }
-    try:
-        subprocess.run(["/bin/sh", "-c", script], env=environment, check=True)
-        spawn.wait_ready(fd, 5, str(run_dir / "daemon.log"))
-    finally:
-        os.close(fd)
-    words = (tmp_path / "out").read_text().splitlines()
-    assert words[words.index("--mountpoint") + 1] == mountpoint
-    assert words[words.index("--options") + 1] == "rw,node=x"
-    assert (run_dir / "daemon.log").read_text() == "oops\n"
+    # ${NAME} as a word of its own is one argument, whatever is in it; the first word is taken as it is.
+    first, *words = line.removeprefix("ExecStart=").split()
+    words = [values[word[2:-1]] if word.startswith("${") else word for word in words]
+    assert not any("$" in word for word in words if word != mountpoint)
+    subprocess.run([first, *words], env={**values, "OUT": str(tmp_path / "out")}, check=True)
+    told = (tmp_path / "out").read_text().splitlines()
+    assert told[:3] == ["-P", "-m", "mxfsd.cli.mxfsd"] and "--supervised" in told
+    assert told[told.index("--mountpoint") + 1] == mountpoint
+    assert told[told.index("--options") + 1] == ""
+
+
+class _Systemctl:
+    """A systemctl(1) that does what a test says; ``calls`` is what it was asked."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder = folder
+        (folder / "bin").mkdir()
+        monkeypatch.setenv("PATH", f"{folder}/bin:{os.environ['PATH']}")
+        monkeypatch.setattr(systemd, "RUNTIME_FOLDER", str(folder / "units"))
+
+    def does(self, start: str, status: str = "") -> None:
+        """*start*: what its ``start`` does, in shell; *status*: the daemon's last STATUS=."""
+        script = self.folder / "bin" / "systemctl"
+        script.write_text(
+            f'#!/bin/sh\necho "$@" >>{self.folder}/calls\ncase $1 in\nstart) {start} ;;\n'
+            f"show) echo '{status}' ;;\nesac\n"
+        )
+        script.chmod(0o755)
+
+    @property
+    def calls(self) -> list[str]:
+        return (self.folder / "calls").read_text().splitlines()
+
+    def start(self, ready_s: float = 30.0) -> None:
+        systemd.start_unit("mxfsd@x.service", "/dev/sdb", "/mnt", parse(""), str(self.folder), ready_s)
+
+
+@pytest.fixture
+def systemctl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> _Systemctl:
+    return _Systemctl(tmp_path, monkeypatch)
+
+
+def test_a_unit_that_starts(systemctl: _Systemctl) -> None:
+    systemctl.does("true")
+    systemctl.start()
+    assert systemctl.calls == ["start mxfsd@x.service"]
+    assert 'MXFS_DEVICE="/dev/sdb"' in (systemctl.folder / "mount.env").read_text()
+    # It is stopped after the mount.
+    order = systemctl.folder / "units" / "mxfsd@x.service.d" / "mount.conf"
+    assert order.read_text() == "[Unit]\nBefore=mnt.mount\n"
+
+
+@pytest.mark.parametrize(
+    ("mountpoint", "unit"),
+    [  # systemd-escape --path --suffix=mount
+        ("/mnt/shared", "mnt-shared.mount"),
+        ("/mnt/a b-c", r"mnt-a\x20b\x2dc.mount"),
+        ("/.x/.y", r"\x2ex-.y.mount"),
+        ("/srv//a:b_c.d@e/", r"srv-a:b_c.d\x40e.mount"),
+        ("/\u00e9%\\'\"", r"\xc3\xa9\x25\x5c\x27\x22.mount"),
+    ],
+)
+def test_the_mount_unit_of_a_path(mountpoint: str, unit: str) -> None:
+    assert systemd.mount_unit(mountpoint) == unit
+
+
+@pytest.mark.parametrize(
+    ("status", "log", "reason", "code"),
+    [
+        ("error: no home answers", "noise\n", "no home answers", 32),
+        ("home, epoch 1", "noise\nKilled\n", "the daemon ended before it was ready (its last words: Killed)", 32),
+        ("", None, "systemctl start mxfsd@x.service: Unit not found.", 2),
+    ],
+)
+def test_a_unit_that_fails_is_stopped_and_says_why(
+    systemctl: _Systemctl, status: str, log: str | None, reason: str, code: int
+) -> None:
+    if log is not None:
+        (systemctl.folder / "daemon.log").write_text(log)
+    systemctl.does("echo Unit not found. >&2; exit 5", status)
+    with pytest.raises(MountError) as caught:
+        systemctl.start()
+    assert (str(caught.value), caught.value.code) == (reason, code)
+    assert systemctl.calls[-2:] == ["stop mxfsd@x.service", "reset-failed mxfsd@x.service"]
+
+
+def test_a_unit_that_is_not_ready_in_time(systemctl: _Systemctl) -> None:
+    systemctl.does("exec sleep 30")
+    with pytest.raises(MountError, match=r"not ready within 0\.2 s"):
+        systemctl.start(0.2)
+    assert systemctl.calls[-2:] == ["stop mxfsd@x.service", "reset-failed mxfsd@x.service"]
 
 
 def test_environment_files_are_quoted() -> None:
@@ -326,3 +420,114 @@ def test_signals_are_default_in_the_daemon(tmp_path: Path) -> None:
     finally:
         os.close(fd)
     assert daemon.wait_gone(10)
+
+
+@pytest.mark.parametrize(("name", "seconds"), [("fast", 30), ("default", 30), ("patient", 120)])
+def test_the_daemon_is_waited_for_as_long_as_the_timeouts_say(name: str, seconds: int) -> None:
+    assert mount.ready_s(parse(f"timeouts={name}")) == seconds
+
+
+# -- what main() says, in one line and with mount(8)'s codes -----------------------------------------------------------
+
+
+def said(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
+    capsys.readouterr()
+    code = mount.main(list(words))
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("mount.mxfs: "), (out, err)
+    return code, err
+
+
+def test_only_root_mounts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    code, err = said(capsys, "/dev/null", str(tmp_path))
+    assert (code, "only root can mount it" in err) == (1, True)
+
+
+def test_a_dead_mount_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def dead(path: str, *, strict: bool = False) -> str:
+        raise OSError(errno.ENOTCONN, "Transport endpoint is not connected", path)
+
+    monkeypatch.setattr(os.path, "realpath", dead)
+    with pytest.raises(MountError, match=f"{tmp_path}: a dead mount is there; umount -l {tmp_path} first"):
+        mount.check_directory(str(tmp_path))
+
+
+def test_a_mount_point_that_has_a_volume_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = mountinfo.Mount(1, 2, str(tmp_path), "fuse.mxfs", "/dev/sdz")
+    monkeypatch.setattr(mountinfo, "at", lambda _path: there)
+    with pytest.raises(MountError, match=f"mount point {tmp_path}: /dev/sdz is mounted there already"):
+        mount.check_directory(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (TornRecord("checksum"), "damaged lockspace: checksum"),
+        (OtherVersion("format version 9"), "damaged lockspace: format version 9"),
+        (DeviceTooSmall("rescan it here"), "^rescan it here"),
+        (IoFailure("is reserved by another host, and has no paths", errno.EBADE), "^is reserved by another host"),
+    ],
+)
+def test_why_there_is_no_volume_to_be_seen(error: MxfsError, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_device: str, _pr_device: str | None) -> bytes:
+        raise error
+
+    monkeypatch.setattr(admission, "volume_of", fails)
+    with pytest.raises(MountError, match=says):
+        mount.volume_uuid("/dev/sdz")
+
+
+def test_without_blkid_it_is_said_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_words: object, **_options: object) -> None:
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(subprocess, "run", missing)
+    assert mount.what_instead("/dev/sdz", "no lockspace") == (
+        "is no MXFS volume (no lockspace); cannot run blkid to look at /dev/sdz: No such file or directory: "
+        "install util-linux"
+    )
+
+
+@pytest.mark.needs("root", "loop")
+def test_a_device_that_does_not_open(image: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_path: str, _flags: int) -> int:
+        raise OSError(errno.ENXIO, "No such device or address")
+
+    monkeypatch.setattr(os, "open", fails)
+    with pytest.raises(MountError, match="cannot open: No such device or address"):
+        mount.check_unused(image)
+
+
+@pytest.mark.needs("root", "loop")
+def test_a_run_directory_that_cannot_be_made(volume: _Volume) -> None:
+    volume.root.write_text("a file")
+    with pytest.raises(MountError, match=f"run directory {volume.run_dir}: File exists") as caught:
+        volume.mount("")
+    assert caught.value.code == mount.EXIT_SYSTEM
+
+
+@pytest.mark.needs("root", "loop")
+def test_a_daemon_that_cannot_be_started(volume: _Volume, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_words: object, **_options: object) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(spawn, "launch", fails)
+    with pytest.raises(MountError, match="cannot start the daemon: .*Cannot allocate memory") as caught:
+        volume.mount("")
+    assert caught.value.code == mount.EXIT_SYSTEM
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [(KeyboardInterrupt(), 8, "interrupted"), (OSError(errno.EIO, "Input/output error"), 2, "Input/output error")],
+)
+def test_what_ends_a_mount(
+    error: BaseException, code: int, says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_words: object, **_options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(mount, "mount_volume", fails)
+    got, err = said(capsys, "/dev/sdz", "/mnt")
+    assert got == code and err.startswith("mount.mxfs: /dev/sdz: ") and says in err

@@ -3,6 +3,10 @@
 import asyncio
 import contextlib
 import json
+import os
+import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from mxfs_proto.errors import IoFailure
+from mxfs_proto.errors import IoFailure, MisuseError
 from mxfsd.cli import install, mxfs
 from mxfsd.cli.render import age, locks_text, size, status_text
 from mxfsd.cli.table import table
@@ -77,6 +81,12 @@ def daemon(path: Path, status: dict[str, Any], locks: dict[str, Any]) -> Iterato
         moves.append(fields)
         return {"home": fields["node"], "epoch": 8}
 
+    async def evict(fields: dict[str, Any]) -> dict[str, Any]:
+        moves.append(fields)
+        if fields["node"] == "alpha":
+            raise MisuseError("alpha is the node you are on: unmount the volume instead")
+        return {"node": fields["node"], "slot": 2, "incarnation": 1}
+
     async def sync(fields: dict[str, Any]) -> dict[str, Any]:
         if status["epoch"] == 13:
             raise IoFailure("not everything written here is durable: Input/output error")
@@ -88,7 +98,7 @@ def daemon(path: Path, status: dict[str, Any], locks: dict[str, Any]) -> Iterato
     async def serve() -> None:
         end = asyncio.Event()
         stop.extend([asyncio.get_running_loop(), end])
-        handlers = {"status": tell_status, "locks": tell_locks, "home-move": move, "sync": sync}
+        handlers = {"status": tell_status, "locks": tell_locks, "home-move": move, "evict": evict, "sync": sync}
         server = ControlServer(path, handlers)
         await server.start()
         started.set()
@@ -184,6 +194,60 @@ def test_home_move_with_several_volumes_wants_one_named(
     assert (len(moves), len(more)) == (0, 1)
 
 
+def test_evict(moves: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
+    assert mxfs.main(["evict", "beta", "--volume", "data"]) == 0
+    assert moves == [{"cmd": "evict", "node": "beta"}]
+    assert capsys.readouterr().out == f"{UUID}: beta (slot 2, incarnation 1) is put out\n"
+    assert mxfs.main(["evict", "alpha"]) == 1
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1) and err.startswith("mxfs: ") and "alpha is the node you are on" in err
+
+
+@pytest.mark.parametrize(
+    "words", [["status"], ["locks"], ["sync"], ["home", "move", "beta"], ["evict", "beta"], ["top"]]
+)
+def test_a_daemon_that_does_not_answer(
+    root: Path, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is named, and where there is no other one the command fails."""
+    monkeypatch.setattr(mxfs, "STATUS_S", 0.05)
+    (root / "hangs").mkdir()
+    with socket.socket(socket.AF_UNIX) as hanging:
+        hanging.bind(str(root / "hangs/control.sock"))
+        hanging.listen()
+        assert mxfs.main(words) == 1
+        named, last = capsys.readouterr().err.splitlines()
+        assert str(root / "hangs") in named and last == "mxfs: no daemon of this host answered"
+        if words == ["status"]:
+            with daemon(root / UUID / "control.sock", STATUS, LOCKS):
+                assert mxfs.main(words) == 0
+            out, err = capsys.readouterr()
+            assert UUID in out and str(root / "hangs") in err
+
+
+@pytest.mark.parametrize("words", [["status", "nosuch"], ["locks", "nosuch"], ["top", "nosuch"]])
+def test_an_unknown_volume(moves: object, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert mxfs.main(words) == 1
+    assert "nosuch: no such volume is mounted here" in capsys.readouterr().err
+
+
+def test_an_interruption_and_a_reader_that_has_seen_enough(
+    moves: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(_words: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mxfs, "_dispatch", interrupted)
+    assert mxfs.main(["status"]) == 1
+    assert capsys.readouterr().err == "mxfs: interrupted\n"
+    read, write = os.pipe()
+    os.close(read)
+    program = [sys.executable, "-m", "mxfsd.cli.mxfs", "status", "--json"]
+    done = subprocess.run(program, stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
 def test_no_daemon(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert mxfs.main(["status"]) == 1
     said = capsys.readouterr().err
@@ -262,6 +326,44 @@ def test_install_replaces_nothing_that_is_not_ours(tmp_path: Path, capsys: pytes
     assert (tmp_path / "sbin" / "mount.mxfs").read_text() == "somebody's"
     install.uninstall(tmp_path)
     assert (tmp_path / "sbin" / "mount.mxfs").exists()
+
+
+@pytest.mark.parametrize("command", ["install", "uninstall"])
+def test_only_root_installs(
+    tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert mxfs.main([command, "--root", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == "mxfs: only root can install into the system\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.needs("root")
+def test_what_keeps_an_installation_from_being_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(install, "commands_folder", lambda: tmp_path / "nowhere")
+        assert mxfs.main(["install", "--root", str(tmp_path)]) == 1
+    assert f"{tmp_path}/nowhere/mount.mxfs is not there: run make install" in capsys.readouterr().err
+    (tmp_path / "sbin").write_text("no folder")
+    assert mxfs.main(["install", "--root", str(tmp_path)]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("mxfs: install: ") and str(tmp_path / "sbin") in err and err.count("\n") == 1
+
+
+@pytest.mark.needs("root")
+def test_an_uninstallation_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install.install(tmp_path)
+
+    def refused(path: Path) -> None:
+        raise OSError(30, "Read-only file system", str(path))
+
+    monkeypatch.setattr(Path, "unlink", refused)
+    assert mxfs.main(["uninstall", "--root", str(tmp_path)]) == 1
+    assert "mxfs: uninstall: [Errno 30] Read-only file system" in capsys.readouterr().err
 
 
 @pytest.mark.needs("root")

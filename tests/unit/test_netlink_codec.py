@@ -181,7 +181,7 @@ def _patched(record: Any, offset: int, fmt: str, value: int) -> bytes:
         (_patched(nl.StatusResp(1, 2), 44 + 4 + 8, "=Q", 5), "STATUS_RESP names inode 5"),
         (encode(EXAMPLES[0])[:-8] + struct.pack("=HHI", 8, 6, 0), "attribute 6 twice"),
         (_patched(nl.LockRelease(1, 2, LockMode.NL, 0, 0), 68 + 12 + 4, "=B", 6), "value is out of range"),
-        (_patched(nl.Opens(1, 2, 3, LockFlag.NONE), 68 + 16 + 4, "=I", 256), "value is out of range"),
+        (_patched(nl.Opens(1, 2, 3, LockFlag.NONE), 68 + 16 + 4, "=I", 512), "value is out of range"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

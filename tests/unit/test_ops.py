@@ -51,6 +51,8 @@ CASES: dict[Op, tuple[list[Any], list[Any]]] = {
     Op.COPY: ([*OBJ, 1 << 40, 5, 6, 7, TOP, 1], [1 << 24]),
     Op.IOCTL: ([*OBJ, 0x401C5820, b"\1" * 28], [b"\0" * 28]),
     Op.BTIME: (OBJ, [-5]),
+    Op.TMPFILE: ([*OBJ, 0o644], [ATTR]),
+    Op.LINK_UNNAMED: ([*OBJ, 5, 6, b"second"], [ATTR, DIR_ATTR]),
 }
 GRANTS = [Grant(4711, 3, (5 << 40) + 1), Grant(TOP, 5, TOP)]
 
@@ -113,6 +115,27 @@ def test_unknown_operation(code: int) -> None:
     payload = b"".join(ops.pack_request(Op.SYNC, 0, 0, 0, 0, []))
     with pytest.raises(PeerError, match=f"unknown operation {code}"):
         ops.unpack_request(code.to_bytes(2, "big") + payload[2:])
+
+
+@pytest.mark.parametrize("size", [64 << 10, (64 << 10) + 1])
+def test_much_data_is_not_copied_out_of_its_frame(size: int) -> None:
+    data = b"d" * size
+    request = b"".join(ops.pack_request(Op.WRITE, 0, 0, 0, 0, [*OBJ, 0, 0, data]))
+    reply = b"".join(ops.pack_reply(Op.READ, [], [data]))
+    for found in (ops.unpack_request(request).values[-1], ops.unpack_reply(Op.READ, reply)[2][0]):
+        assert found == data
+        assert type(found) is (bytes if size == 64 << 10 else memoryview)
+
+
+def test_names_of_a_long_listing_are_bytes() -> None:
+    """A page of entries with long names is longer than any data; names are keys, and a view cannot be one."""
+    entries = [ops.Entry(b"%0255d" % number, Attr(*range(12))) for number in range(4096)]
+    blob = ops.pack_entries(entries)
+    assert len(blob) > ops.MAX_DATA
+    frame = memoryview(bytearray(b"".join(ops.pack_reply(Op.READDIR, [], [1, blob])))).toreadonly()  # as it comes
+    found = ops.unpack_reply(Op.READDIR, frame)[2][1]
+    assert ops.unpack_entries(found) == entries
+    assert len({entry.name for entry in ops.unpack_entries(found)}) == 4096
 
 
 def test_a_length_beyond_the_end_is_refused() -> None:

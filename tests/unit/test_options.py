@@ -55,7 +55,7 @@ def test_a_later_option_overrides_an_earlier_one(text: str, kernel: tuple[str, .
 @pytest.mark.parametrize(
     ("text", "names"),
     [
-        ("colour=red", "unknown option colour=red; known are ro, rw, localflocks, iface="),
+        ("colour=red", "unknown option colour=red; known are ro, rw, localflocks, passthrough, iface="),
         ("rw,logbufs=8", "unknown option logbufs=8"),
         ("ro=1", "unknown option ro=1"),
         ("noexec=1", "unknown option noexec=1"),
@@ -77,6 +77,7 @@ def test_a_later_option_overrides_an_earlier_one(text: str, kernel: tuple[str, .
         ("log=loud", "log=loud"),
         ("channel=tin", "channel=tin: must be one of native, pyfuse3"),
         ("channel=pyfuse3", "channel=pyfuse3 keeps file locks on each node alone: say localflocks too"),
+        ("channel=pyfuse3,localflocks,passthrough", "passthrough needs a channel of our own"),
         ("localflocks=1", "unknown option localflocks=1"),
         ("node=" + "n" * 65, "node=nnn"),
         ("node=a/b", "node=a/b"),

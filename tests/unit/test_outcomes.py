@@ -145,6 +145,9 @@ RENAME = request(Op.RENAME, *DIR, b"o", *DIR, b"n", 0, *NO_FID)
 LONG_VALUE = request(Op.SETXATTR, *OBJ, b"user.a", hashlib.sha256(b"v").digest(), 0)
 A_DIR = stat.S_IFDIR | 0o755
 
+APPEND = request(Op.WRITE, *OBJ, 0, WriteFlag.APPEND, b"")
+PLACED = Before(Fid(9, 0), NO_FID, 5, BeforeFlag.BESIDE | BeforeFlag.PLACED)
+
 CASES: list[tuple[Request, Before, Now, Step, list[Any] | None]] = [
     (CREATE, Before(), Now(), Step.FORGET, None),
     (CREATE, Before(), Now(attr()), Step.KEEP, [0, attr()]),
@@ -156,6 +159,8 @@ CASES: list[tuple[Request, Before, Now, Step, list[Any] | None]] = [
     (MKDIR, Before(), Now(attr(mode=A_DIR, nlink=3), inherits=True), Step.KEEP, [attr(mode=A_DIR, nlink=3)]),
     (request(Op.LINK, *OBJ, *DIR, b"n"), Before(), Now(), Step.FORGET, None),
     (request(Op.LINK, *OBJ, *DIR, b"n"), Before(), Now(attr(nlink=2)), Step.KEEP, [attr(nlink=2)]),
+    (request(Op.LINK_UNNAMED, *OBJ, *DIR, b"n"), Before(), Now(), Step.FORGET, None),
+    (request(Op.LINK_UNNAMED, *OBJ, *DIR, b"n"), Before(), Now(attr()), Step.KEEP, [attr()]),
     (UNLINK, Before(OBJ, NO_FID, 1), Now(attr()), Step.FORGET, None),
     (UNLINK, Before(OBJ, NO_FID, 1), Now(), Step.KEEP, [0, 0, 200, 1]),
     (UNLINK, Before(OBJ, NO_FID, 1, BeforeFlag.KEPT), Now(), Step.KEEP, [200, 7, 200, 1]),
@@ -180,6 +185,10 @@ CASES: list[tuple[Request, Before, Now, Step, list[Any] | None]] = [
     (LONG_VALUE, Before(flags=BeforeFlag.DIGEST), Now(digest=hashlib.sha256(b"v").digest()), Step.KEEP, []),
     (request(Op.WRITE, *OBJ, 0, WriteFlag.APPEND, b""), Before(number=5), Now(), Step.UNDO, None),
     (request(Op.WRITES, *OBJ, WriteFlag.APPEND, b""), Before(number=5), Now(), Step.UNDO, None),
+    (APPEND, Before(flags=BeforeFlag.BESIDE), Now(size=99), Step.FORGET, None),
+    (APPEND, PLACED, Now(size=5), Step.UNDO, None),
+    (APPEND, PLACED, Now(size=9), Step.UNDO, None),
+    (APPEND, PLACED, Now(size=10), Step.FORGET, None),  # somebody else wrote behind it
 ]
 
 

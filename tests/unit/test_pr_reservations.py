@@ -422,6 +422,23 @@ def test_restart_with_aptpl_goes_unnoticed() -> None:
     assert b.pr.check() is Standing.PREEMPTED
 
 
+def test_who_leaves_or_fails_to_join_does_not_make_the_disk_forget_the_others() -> None:
+    """The APTPL bit of the last REGISTER holds for all, and to unregister is one too (SPC-4 5.13.5)."""
+    target = FakeTarget()
+    a, b = cluster(target)
+    b.pr.unregister()
+    target.restart()
+    assert target.registered == {"a0": A}
+    assert a.pr.check() is Standing.OK
+    two_paths = Node(target, "c", paths=2)
+    two_paths.transports[1].dead = True
+    with pytest.raises(PathFailure):
+        two_paths.join(B)
+    target.restart()
+    assert target.registered == {"a0": A}
+    assert a.pr.check() is Standing.OK
+
+
 def test_reestablish_asks_whether_we_were_fenced_before(target: FakeTarget) -> None:
     a, b = cluster(target)
     target.keep = False

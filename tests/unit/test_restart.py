@@ -4,6 +4,7 @@ with it. Nothing is mounted here; tests/lab/test_daemon_restart.py has the real 
 import asyncio
 import errno
 import os
+import signal
 import subprocess
 import sys
 import uuid
@@ -18,7 +19,7 @@ from pyfuse3 import RequestContext
 from mxfs_fuse import loss, operations
 from mxfs_fuse.callers import caller, is_dying, is_unmounting
 from mxfs_fuse.loss import LowerEnd, may_be_redone
-from mxfs_fuse.nextdaemon import NextDaemon
+from mxfs_fuse.nextdaemon import NextDaemon, launch
 from mxfs_fuse.state import State
 from mxfs_proto.errors import MxfsError, PeerError, Refusal
 from mxfs_proto.frames import Frame, FrameType, encode_header, pack_json, unpack_json
@@ -96,6 +97,33 @@ def test_under_systemd_nothing_is_started_here() -> None:
     children = Children()
     assert children.run(NextDaemon([], 1000, 0, children.start), 5000) == 1000
     assert children.started == []
+
+
+def test_a_daemon_on_its_way_is_ended_when_nobody_waits_for_it() -> None:
+    """It would otherwise meet the next mount, whose daemon waits for its end."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(_command: Sequence[str]) -> subprocess.Popen[bytes]:
+        started.append(subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE))
+        return started[-1]
+
+    outage = NextDaemon(["mxfsd"], 1000, 0, start)
+    assert outage.step(0, connected=False)
+    (child,) = started
+    try:
+        assert child.poll() is None
+        outage.abandon()
+        assert child.poll() == -signal.SIGKILL
+        outage.abandon()
+    finally:
+        child.kill()
+        child.communicate()
+
+
+def test_a_daemon_is_told_whom_it_goes_on_with() -> None:
+    done = launch([sys.executable, "-c", f"import sys; sys.exit(sys.argv[1:] != ['--fuse-pid', '{os.getpid()}'])"])
+    assert isinstance(done, subprocess.Popen)
+    assert done.wait(20) == 0
 
 
 # -- the run directory -------------------------------------------------------------------------------------------------
@@ -364,7 +392,9 @@ async def test_a_daemon_does_not_mount_again_what_was_unmounted(tmp_path: Path) 
     child.wait()
     started: list[str] = []
     fuse = SimpleNamespace(start=started.append)
-    daemon: Any = SimpleNamespace(run_dir=tmp_path, fuse=fuse, mountpoint="/nowhere/at/all", device="/dev/none")
+    daemon: Any = SimpleNamespace(
+        run_dir=tmp_path, fuse=fuse, mountpoint="/nowhere/at/all", device="/dev/none", goes_on_with=0
+    )
     with pytest.raises(reattach.NothingToServe):
         await reattach.start_fuse(daemon, ())
     (tmp_path / rundir.DEAD).write_text("given up")
@@ -372,6 +402,50 @@ async def test_a_daemon_does_not_mount_again_what_was_unmounted(tmp_path: Path) 
     with pytest.raises(reattach.NothingToServe, match="dead"):
         await reattach.start_fuse(daemon, ())
     assert started == []
+
+
+async def test_a_daemon_leaves_a_later_mount_alone(tmp_path: Path) -> None:
+    """The mount that it was started for is gone; the run directory is that of nobody yet, or of the next mount."""
+    daemon: Any = SimpleNamespace(run_dir=tmp_path, fuse=SimpleNamespace(), goes_on_with=os.getpid())
+    with pytest.raises(reattach.NothingToServe):
+        await reattach.start_fuse(daemon, ())
+    rundir.remember(tmp_path, rundir.FUSE, os.getppid())
+    with pytest.raises(reattach.NothingToServe):
+        await reattach.start_fuse(daemon, ())
+    assert rundir.recall(tmp_path, rundir.DAEMON) is None
+
+
+async def test_while_a_daemon_hangs_its_heartbeat_process_lives(tmp_path: Path) -> None:
+    """Killed and stuck in the kernel, it may write yet: what would shut its lower mount down in time must not be ended,
+    nor may a second attempt forget who hangs."""
+    script = [sys.executable, "-c", "input()"]
+    hangs, beats = (subprocess.Popen(script, stdin=subprocess.PIPE) for _ in range(2))
+    rundir.remember(tmp_path, rundir.FUSE, os.getpid())
+    rundir.remember(tmp_path, rundir.DAEMON, hangs.pid)
+    rundir.remember(tmp_path, rundir.HEARTBEAT, beats.pid)
+    before = rundir.recall(tmp_path, rundir.DAEMON)
+
+    async def adopt(_process: rundir.Process, _limit_s: float) -> None:
+        pass
+
+    fuse = SimpleNamespace(adopt=adopt, continues=0)
+    timeouts = SimpleNamespace(restart_ms=1000, node_dead_ms=50, lease_ms=10, io_timeout_ms=10)
+    daemon: Any = SimpleNamespace(run_dir=tmp_path, fuse=fuse, timeouts=timeouts, goes_on_with=os.getpid())
+    try:
+        for _ in range(2):
+            with pytest.raises(MxfsError, match=f"pid {hangs.pid}"):
+                await reattach.start_fuse(daemon, ())
+            assert beats.poll() is None
+            assert rundir.recall(tmp_path, rundir.DAEMON) == before
+        hangs.communicate()
+        beats.communicate()
+        await reattach.start_fuse(daemon, ())
+        mine = rundir.recall(tmp_path, rundir.DAEMON)
+        assert mine is not None and mine.pid == os.getpid()
+    finally:
+        for child in (hangs, beats):
+            child.kill()
+            child.wait()
 
 
 def test_a_mount_that_is_busy_is_tried_again_for_a_while() -> None:
@@ -494,6 +568,24 @@ async def test_what_is_synced_as_the_daemon_dies_is_not_lost(state: State, tmp_p
     await end_of(state, tmp_path, None)
     assert lower.closed and state.lower is None
     assert state.kept_all and not node.behind_error and not state.unsynced
+
+
+@pytest.mark.error_logs
+@pytest.mark.parametrize("flushed", [True, False])
+async def test_what_the_kernel_wrote_is_not_covered_by_a_flush_of_ours(
+    state: State, tmp_path: Path, flushed: bool
+) -> None:
+    """It may have written more behind it: only a shutdown that froze XFS first is proof."""
+    lower: Any = Lower()
+    state.lower = lower
+    plain, pinned = state.known(Fid(200, 1)), state.known(Fid(201, 1))
+    state.changed(200)
+    own = rundir.process(os.getpid())
+    if flushed:
+        rundir.remember(tmp_path, rundir.FLUSHED, os.getpid())
+    state.close_gate()
+    await LowerEnd(state, tmp_path, own, 0.05).leave([pinned])
+    assert (plain.behind_error, pinned.behind_error) == (0, 0 if flushed else errno.EIO)
 
 
 @pytest.mark.error_logs

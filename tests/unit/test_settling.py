@@ -167,6 +167,22 @@ def test_what_may_lack_its_acl_is_made_again(lower: Lower, base: Fid, op: Op, ac
     assert recover(lower)[0].restored == recovered.executed, "settled once and for all"
 
 
+@pytest.mark.parametrize("done", [False, True])
+def test_a_name_for_a_file_without_one(lower: Lower, base: Fid, done: bool) -> None:
+    fd, attr = lower.tmpfile(base, 0o640, 0, 0)
+    os.close(fd)
+    file = Fid(attr.ino, attr.gen)
+    intended(lower, request(Op.LINK_UNNAMED, *file, *base, b"new"))
+    if done:
+        lower.name_orphan(file, base, b"new")
+    recovered, sessions = recover(lower)
+    assert (recovered.executed, recovered.forgotten) == ((1, 0) if done else (0, 1))
+    for _session, _seq, reply in sessions.kept():
+        assert unpack_reply(Op.LINK_UNNAMED, reply)[2] == [lower.lookup(base, b"new"), lower.getattr(base)]
+    assert (lower.names(base), lower.orphans()) == (([b"new"], []) if done else ([], [file]))
+    lower.reap(file)
+
+
 def test_a_half_done_rename_leaves_no_orphan(lower: Lower, base: Fid) -> None:
     """Also one of the home's own FUSE layer, which writes no intents."""
     source, victim = make(lower, base, b"source"), make(lower, base, b"victim")
@@ -200,6 +216,18 @@ def test_appended_data_is_cut_off_and_nothing_else(lower: Lower, base: Fid, befo
     intended(lower, asked, Before(number=before))
     recover(lower)
     assert lower.getattr(file).size == after
+
+
+@pytest.mark.parametrize(("flags", "end", "after"), [(8, 0, 8), (24, 8, 5), (24, 7, 8), (24, 20, 5)])
+def test_what_was_appended_beside_others_is_cut_off_where_nothing_stands_behind(
+    lower: Lower, base: Fid, flags: int, end: int, after: int
+) -> None:
+    file = make(lower, base, b"file")
+    os.pwrite(lower.file_fd(file), b"12345678", 0)
+    asked = request(Op.WRITE, *file, 0, WriteFlag.APPEND | WriteFlag.BESIDE, b"678")
+    intended(lower, asked, Before(Fid(end, 0), NO_FID, 5, BeforeFlag(flags)))
+    recovered, _ = recover(lower)
+    assert (recovered.forgotten, lower.getattr(file).size) == (1, after)
 
 
 def test_what_was_begun_on_ranges_and_flags_is_done_again(lower: Lower, base: Fid) -> None:

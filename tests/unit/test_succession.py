@@ -147,3 +147,13 @@ def test_a_node_whose_slot_cannot_be_read_just_now_is_heard_all_the_same() -> No
     found = [None, ME, replace(OWNER, slot=3, incarnation=9, state=SlotState.RESTARTING), SlotRecord(4)]
     assert Succession(daemon)._who(found) == {1, 3}
     assert daemon.expected == {1: 3, 3: 9}
+
+
+@pytest.mark.parametrize(("attached", "continues"), [(True, 0), (False, 3)], ids=["there", "on its way"])
+def test_our_own_fuse_layer_is_heard_too(attached: bool, continues: int) -> None:
+    """What its kernel caches is under locks of the home before."""
+    daemon: Any = Home(report(0, 0))
+    daemon.fuse = SimpleNamespace(attached=SimpleNamespace(is_set=lambda: attached), continues=continues)
+    assert Succession(daemon)._who([OWNER, ME]) == {1, 2}
+    daemon.fuse = SimpleNamespace(attached=SimpleNamespace(is_set=lambda: False), continues=0)
+    assert Succession(daemon)._who([OWNER, ME]) == {1}

@@ -69,6 +69,16 @@ def test_without_a_confirmed_fence_there_is_no_lease() -> None:
         takeover.fenced(DEAD)
 
 
+def test_without_the_lease_there_is_no_mount_and_the_home_is_judged_anew() -> None:
+    takeover = suspecting()
+    takeover.judged(Verdict.NONE)
+    takeover.refused()
+    assert takeover.state is TakeoverState.SUSPECT
+    with pytest.raises(MisuseError):
+        takeover.mounted()
+    assert takeover.judged(Verdict.SILENT, DEAD) == [Fence(DEAD)]
+
+
 def test_another_one_fenced_does_not_count() -> None:
     takeover = suspecting()
     takeover.judged(Verdict.SILENT, DEAD)

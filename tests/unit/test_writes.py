@@ -77,6 +77,55 @@ async def test_a_batch_keeps_its_place_before_a_large_write(rig: Rig) -> None:
     assert bytes(rig.home.cache) == b"L" * 20_000
 
 
+async def test_small_writes_gather_while_nothing_is_under_way(rig: Rig) -> None:
+    await rig.write(0, b"first")
+    await rig.write(10, b"a")
+    rig.step()
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert not rig.home.queue, "the first is answered, and the batch has time to grow"
+    await rig.write(11, b"b")
+    await rig.until(lambda: rig.home.queue)
+    (asked,) = rig.home.queue
+    assert asked.request.op is Op.WRITES
+    await rig.run()
+    assert bytes(rig.home.cache) == b"first" + bytes(5) + b"ab"
+    assert rig.node.behind == 0
+
+
+async def test_who_needs_the_home_to_have_the_data_does_not_wait_for_more(rig: Rig) -> None:
+    await rig.write(0, b"first")
+    await rig.write(10, b"a")
+    rig.step()
+    await asyncio.sleep(0)
+    flush = rig.start(rig.io.flush(FH))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert rig.home.queue
+    await rig.run()
+    await flush
+
+
+@pytest.mark.parametrize("other", [False, True])
+async def test_a_flush_ends_while_another_thread_goes_on_writing(rig: Rig, other: bool) -> None:
+    """It waits for what came before it, and not for a moment at which nothing is under way: there may be none."""
+    await rig.write(0, b"first")
+    await rig.write(10, b"batched")
+    flush = rig.start(rig.io.flush(FH))
+    for number in range(20):
+        await rig.write(20 + number, b"x" * (20_000 if other else 10))
+        for _ in range(3):
+            await asyncio.sleep(0)
+        if flush.done():
+            break
+        rig.step()
+    else:
+        pytest.fail("it waits for what was written after it")
+    assert rig.home.cache[:17] == b"first" + bytes(5) + b"batched"
+    assert rig.node.behind
+    await flush
+
+
 async def test_a_writer_that_waits_gets_the_answer_of_the_replay(rig: Rig) -> None:
     rig.grant(PW)  # nothing is answered ahead
     task = rig.start(rig.io.write(FH, 3, b"data"))

@@ -14,8 +14,9 @@ from mxfs_proto.ondisk import Address, LeaseState, SlotState
 from mxfs_proto.ops import Fid
 from mxfsd.core.lease import HeldSlot
 from mxfsd.daemon import Daemon
-from mxfsd.io.certs import PeerIdentity, VolumeKeys, make_contexts
+from mxfsd.io.certs import VolumeKeys, make_contexts
 from mxfsd.io.clock import now_ms
+from mxfsd.io.identity import PeerIdentity
 from mxfsd.io.peers import PeerServer
 from mxfsd.members import Members
 from mxfsd.options import parse
@@ -121,8 +122,10 @@ async def cluster(tmp_path: Path, **options: str) -> AsyncIterator[Cluster]:
     finally:
         made.close()
         for daemon in (made.home, made.node):
-            for task in list(daemon._tasks):
+            tasks = list(daemon._tasks)
+            for task in tasks:
                 task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             if daemon.finder is not None:
                 await daemon.finder.close()
 

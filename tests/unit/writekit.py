@@ -208,12 +208,16 @@ class Rig:
     # -- running ---------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Until the home has done everything that it was asked."""
-        for _ in range(5):
-            await asyncio.sleep(0)
-            while self.home.queue or self.home.replies:
-                self.step()
+        """Until the home has done everything that it was asked, and will be asked by itself."""
+        while True:
+            for _ in range(5):
                 await asyncio.sleep(0)
+                while self.home.queue or self.home.replies:
+                    self.step()
+                    await asyncio.sleep(0)
+            if not any(node.batch and node.behind == len(node.batch) for node in self.state.nodes.values()):
+                return
+            await asyncio.sleep(0.001)
 
     def step(self) -> None:
         if self.home.queue:
