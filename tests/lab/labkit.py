@@ -12,15 +12,18 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from mxfsd import rundir
 from mxfsd.lab.state import STOPPED, Paths, updating
 
 NATIVE = os.environ.get("MXFS_TEST_NATIVE") == "1"
 CHANNEL = os.environ.get("MXFS_TEST_CHANNEL", "")
 """Of the nodes to the kernel; empty: what they choose themselves."""
+OPTIONS = os.environ.get("MXFS_TEST_OPTIONS", "")
+"""More mount options for every node."""
 COMMAND_TIMEOUT_S = 120.0
 
 
@@ -102,7 +105,11 @@ class NativeXfs:
 class Lab:
     """A running cluster: ``nodes`` maps a node's name to the folder where the volume is mounted for it."""
 
-    def __init__(self, folder: Path, count: int, size: str, timeouts: str, fencing: str = "lease") -> None:
+    command = (sys.executable, "-m", "mxfsd.cli.mxfs")
+
+    def __init__(
+        self, folder: Path, count: int, size: str, timeouts: str, fencing: str = "lease", options: str = ""
+    ) -> None:
         self.folder = folder
         self.nodes: dict[str, Path] = {f"n{i}": folder / f"n{i}" for i in range(1, count + 1)}
         self._native: NativeXfs | None = None
@@ -112,8 +119,9 @@ class Lab:
                 path.symlink_to(self._native.root)
         else:
             command = ["lab", "up", str(folder), "--nodes", str(count), "--size", size, "--timeouts", timeouts]
-            options = ["-o", f"channel={CHANNEL},localflocks"] if CHANNEL else []
-            self._mxfs([*command, "--fencing", fencing, *options])
+            words = [options or (f"channel={CHANNEL},localflocks" if CHANNEL else ""), OPTIONS]
+            options = ",".join(word for word in words if word)
+            self._mxfs([*command, "--fencing", fencing, *(["-o", options] if options else [])])
 
     @property
     def native(self) -> bool:
@@ -129,7 +137,7 @@ class Lab:
         return self.nodes[name]
 
     def _mxfs(self, argv: Sequence[str], timeout_s: float = COMMAND_TIMEOUT_S) -> str:
-        return must([sys.executable, "-m", "mxfsd.cli.mxfs", *argv], timeout_s).stdout
+        return must([*self.command, *argv], timeout_s).stdout
 
     def status(self) -> dict[str, Any]:
         """Return `mxfs lab status --json` (keys home, epoch, nodes)."""
@@ -170,6 +178,17 @@ class Lab:
         with updating(Paths(self.folder)) as state:
             next(node for node in state.nodes if node.name == name).state = STOPPED
 
+    def at(self, where: str) -> str:
+        """Return the name of the ``home``, or of another ``node``."""
+        return self.home() if where == "home" else self.others()[0]
+
+    def fuse_pid(self, name: str) -> int:
+        """Return the pid of a node's FUSE process."""
+        (path,) = self.folder.glob(f".lab/{name}/run/*/{rundir.FUSE}")
+        found = rundir.recall(path.parent, rundir.FUSE)
+        assert found is not None
+        return found.pid
+
     def execute(self, name: str, *argv: str) -> str:
         """Run a command in the node's network and folder and return what it printed."""
         if self.native:
@@ -203,18 +222,33 @@ def kernel_wait(thread: threading.Thread) -> str:
     return Path(f"/proc/self/task/{thread.native_id}/wchan").read_text() if thread.native_id else "not started"
 
 
+def errno_of(call: Callable[[], object]) -> int:
+    """Call it; return the errno that it fails with, 0 where it does not."""
+    try:
+        call()
+    except OSError as exc:
+        return exc.errno or 0
+    return 0
+
+
 @contextlib.contextmanager
 def running_lab(
-    count: int = 3, size: str = "2G", timeouts: str = "fast", fencing: str = "lease", folder: Path | None = None
+    count: int = 3,
+    size: str = "2G",
+    timeouts: str = "fast",
+    fencing: str = "lease",
+    folder: Path | None = None,
+    options: str = "",
 ) -> Iterator[Lab]:
     """Yield a lab in a folder of its own; taking it down is part of the test, so its failure is one.
 
+    *options*: mount options of every node, instead of the channel that is tested.
     *folder*: in this one, which has a disk.img perhaps, and is the caller's to remove.
     """
     kept = folder is not None
     folder = folder or scratch_dir("mxfs-lab-")
     try:
-        lab = Lab(folder, count, size, timeouts, fencing)
+        lab = Lab(folder, count, size, timeouts, fencing, options)
     except (LabError, subprocess.TimeoutExpired):
         if not NATIVE:
             run([sys.executable, "-m", "mxfsd.cli.mxfs", "lab", "down", folder])

@@ -7,12 +7,16 @@ import random
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from labkit import Lab
+
+from mxfsd import procs
 
 PAIRS = [("n1", "n2"), ("n2", "n1"), ("n2", "n3"), ("n3", "n2"), ("n1", "n3"), ("n3", "n1")]
 Work = dict[str, Path]
@@ -220,6 +224,44 @@ def test_appends_through_descriptors_opened_before_either_knew(work: Work) -> No
 
 
 # --- names ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [512, 8192, 100_000])
+def test_others_get_their_turn_beside_a_thread_that_never_stops_writing(work: Work, size: int) -> None:
+    """Closes of other descriptors, fsyncs, changes of the file, and what other nodes ask of it."""
+    here, there = work["n2"] / "file", work["n3"] / "file"
+    stop = threading.Event()
+    written = [0]
+    fd = os.open(here, os.O_RDWR | os.O_CREAT)
+
+    def write() -> None:
+        while not stop.is_set():
+            os.pwrite(fd, b"w" * size, written[0] % 8 * size)
+            written[0] += 1
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    slowest = dict.fromkeys(("close", "fsync", "chmod", "stat elsewhere", "read elsewhere"), 0.0)
+
+    def timed(what: str, done: Callable[[], object]) -> None:
+        begin = time.monotonic()
+        done()
+        slowest[what] = max(slowest[what], time.monotonic() - begin)
+
+    try:
+        assert procs.wait_until(lambda: written[0] > 100, 20)
+        for _ in range(20):
+            timed("close", lambda: os.close(os.dup(fd)))
+            timed("fsync", lambda: os.fsync(fd))
+            timed("chmod", lambda: here.chmod(0o600))
+            timed("stat elsewhere", there.stat)
+            timed("read elsewhere", there.read_bytes)
+    finally:
+        stop.set()
+        writer.join(30)
+        os.close(fd)
+    assert max(slowest.values()) < 5, slowest
+    assert there.read_bytes() == here.read_bytes() == b"w" * size * min(8, written[0])
 
 
 def test_parallel_creators_in_one_directory(work: Work) -> None:

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -253,16 +253,21 @@ WAITS = {
 _FLAGS = {"append": "os.O_WRONLY | os.O_APPEND", "direct read": "os.O_RDWR | os.O_DIRECT"}
 
 
-def waiter(path: Path, what: str) -> subprocess.Popen[bytes]:
-    """A program that opens the file, and does *what* when it is told to."""
+@contextmanager
+def waiter(path: Path, what: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A program that opens the file, and does *what* when it is told to; it is ended at the end."""
     flags = _FLAGS.get(what, "os.O_RDWR")
     script = (
         f"import os, sys; path = {str(path)!r}; fd = os.open(path, {flags}); print(flush=True); input(); {WAITS[what]}"
     )
     child = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert child.stdout is not None
-    child.stdout.readline()
-    return child
+    with child:
+        try:
+            assert child.stdout is not None
+            child.stdout.readline()
+            yield child
+        finally:
+            child.kill()
 
 
 @pytest.mark.timeout(200)
@@ -283,33 +288,63 @@ def test_a_mount_without_daemon_waits_can_be_interrupted_and_is_dead_in_the_end(
     kinds = ["mkdir"] if CHANNEL == "pyfuse3" else list(WAITS)
     for kind in kinds:
         (folder / kind).write_bytes(b"data")
-    children = {kind: waiter(folder / kind, kind) for kind in kinds}
-    with no_daemon_starts(lab, victim):
-        lab.crash(victim, "daemon")
-        begun = time.monotonic()
-        waiting = threading.Thread(target=late)
-        waiting.start()
-        for child in children.values():
-            assert child.stdin is not None
-            child.stdin.write(b"\n")
-            child.stdin.flush()
-        time.sleep(1)
-        assert {kind: child.poll() for kind, child in children.items()} == dict.fromkeys(kinds)
-        for kind, child in children.items():
-            child.send_signal(signal.SIGKILL)
-            assert child.wait(3) == -signal.SIGKILL, kind
-        waiting.join(60)
-        print(f"dead after {time.monotonic() - begun:.1f} s")
-        assert errors == [errno.EIO]
-        with pytest.raises(OSError) as failed:
-            os.mkdir(folder / "another")
-        assert failed.value.errno == errno.EIO
+    with ExitStack() as stack:
+        children = {kind: stack.enter_context(waiter(folder / kind, kind)) for kind in kinds}
+        with no_daemon_starts(lab, victim):
+            lab.crash(victim, "daemon")
+            begun = time.monotonic()
+            waiting = threading.Thread(target=late)
+            waiting.start()
+            for child in children.values():
+                assert child.stdin is not None
+                child.stdin.write(b"\n")
+                child.stdin.flush()
+            time.sleep(1)
+            assert {kind: child.poll() for kind, child in children.items()} == dict.fromkeys(kinds)
+            for kind, child in children.items():
+                child.send_signal(signal.SIGKILL)
+                assert child.wait(3) == -signal.SIGKILL, kind
+            waiting.join(60)
+            print(f"dead after {time.monotonic() - begun:.1f} s")
+            assert errors == [errno.EIO]
+            with pytest.raises(OSError) as failed:
+                os.mkdir(folder / "another")
+            assert failed.value.errno == errno.EIO
     lab.ended(victim)
     lab.start(victim)  # over the dead mount
     assert sorted(os.listdir(work[victim])) == sorted(kinds)
-    for kind, child in children.items():
-        child.communicate()
+    for kind in kinds:
         assert (work[victim] / kind).read_bytes() == b"data"
+
+
+@pytest.mark.timeout(200)
+def test_a_daemon_that_comes_too_late(lab: Lab, work: Work) -> None:
+    """It is still starting when the mount is given up: the next mount does not meet it."""
+    victim = lab.others()[0]
+    (work[victim] / "file").write_bytes(b"data")
+    fuse = lab.fuse_pid(victim)
+    late: list[int] = []
+
+    def started() -> bool:
+        for task in Path(f"/proc/{fuse}/task").iterdir():
+            with suppress(OSError):  # a thread that has ended
+                late.extend(int(pid) for pid in (task / "children").read_text().split())
+        return bool(late)
+
+    lab.crash(victim, "daemon")
+    assert procs.wait_until(started, 20)
+    found = rundir.process(late[0])
+    assert found is not None
+    os.kill(late[0], signal.SIGSTOP)
+    try:
+        wait(lambda: (run_dir(lab, victim) / rundir.DEAD).exists(), 60)
+        assert not found.alive
+        lab.ended(victim)
+        lab.start(victim)
+        assert (work[victim] / "file").read_bytes() == b"data"
+    finally:
+        if found.alive:
+            os.kill(late[0], signal.SIGKILL)
 
 
 @pytest.mark.timeout(200)

@@ -9,9 +9,10 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +22,7 @@ from test_home_move import Load
 
 from mxfs_proto.ondisk import SlotRecord, SlotState
 from mxfsd import control, mountinfo, procs, rundir, spawn
+from mxfsd.core.watch import Snapshot
 from mxfsd.io.lockspace import Lockspace
 from mxfsd.lab import net, target
 from mxfsd.lab.state import Paths, lab_id, updating
@@ -47,7 +49,8 @@ class Witness:
 
     def __init__(self, lab: Lab) -> None:
         self._paths = Paths(lab.folder)
-        self._loop = next(node["loop"] for node in lab.status()["nodes"] if node["name"] == "n2")
+        # Of the node that no test here kills: its device goes with a node.
+        self._loop = next(node["loop"] for node in lab.status()["nodes"] if node["name"] == lab.others()[-1])
         # A thread of its own, since a network namespace belongs to a thread.
         self._thread = ThreadPoolExecutor(1, initializer=self._enter)
         self._session: Iscsi | None = None
@@ -91,18 +94,39 @@ class Witness:
 
         return self._do(attempt)
 
-    def snapshot(self) -> tuple[int, dict[str, SlotRecord]]:
-        """The slot that owns the lease, and the slots by node name."""
+    def _look(self) -> Snapshot:
         lockspace = Lockspace.open(self._loop, readonly=True)
         try:
-            snap = lockspace.snapshot()
+            return lockspace.snapshot()
         finally:
             lockspace.close()
+
+    def snapshot(self) -> tuple[int, dict[str, SlotRecord]]:
+        """The slot that owns the lease, and the slots by node name."""
+        snap = self._look()
         assert snap.lease is not None
         return snap.lease.owner_slot, {slot.name: slot for slot in snap.slots if slot is not None and slot.name}
 
     def slot(self, name: str) -> SlotRecord:
         return self.snapshot()[1][name]
+
+    def leave_claim(self, number: int, node: SlotRecord) -> None:
+        """Write a claim of another slot by this node, of which it knows nothing any more."""
+        lockspace = Lockspace.open(self._loop)
+        try:
+            old = lockspace.snapshot().slot(number)
+            assert old is not None and old.state is SlotState.FREE
+            # Without a name: the slots of these tests are told apart by the names of their nodes.
+            claim = replace(node, slot=number, name="", state=SlotState.CLAIMING, is_home=False)
+            lockspace.write_slot(replace(claim, incarnation=1, counter=1))
+            lockspace.disk.sync()
+        finally:
+            lockspace.close()
+
+    def free(self, numbers: Iterable[int]) -> bool:
+        """Whether these slots are free."""
+        snap = self._look()
+        return all((slot := snap.slot(number)) is not None and slot.state is SlotState.FREE for number in numbers)
 
     def in_order(self) -> bool:
         """The reservation is as it must be, and exactly the nodes that are up are registered."""
@@ -239,6 +263,29 @@ def test_the_home_is_killed(lab: Lab, work: Work, witness: Witness) -> None:
     wait(witness.in_order)
     assert witness.slot(home).pr_key not in (0, dead.pr_key)
     assert witness.slot(home).pr_key in witness.registered()
+
+
+@pytest.mark.timeout(200)
+def test_claims_that_living_nodes_gave_up_do_not_hinder_a_takeover(lab: Lab, work: Work, witness: Witness) -> None:
+    """A claim written too late stays on the disk, with the registration of the node, which took another slot."""
+    home, others = lab.home(), lab.others()
+    keys = {name: witness.slot(name).pr_key for name in others}
+    for number, name in enumerate(others, 30):
+        witness.leave_claim(number, witness.slot(name))
+    acked = Acked(work, others)
+    with acked.running():
+        acked.more(5)
+        lab.kill(home)
+        wait(lambda: lab.home() in others)
+        acked.more(5)
+    assert acked.errors == []
+    assert {name: witness.slot(name).pr_key for name in others} == keys
+    assert set(keys.values()) == set(witness.registered())
+    wait(lambda: witness.free(range(30, 30 + len(others))))
+    lab.start(home)
+    for node in lab.names:
+        acked.check(work[node])
+    wait(witness.in_order)
 
 
 @pytest.mark.timeout(200)

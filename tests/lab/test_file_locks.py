@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import json
+import mailbox
 import os
 import random
 import signal
@@ -11,24 +12,26 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from labkit import CHANNEL, Lab
+from labkit import Lab
 
 from mxfsd import procs
 
 pytestmark = [
     pytest.mark.needs_lab,
-    pytest.mark.skipif(CHANNEL == "pyfuse3", reason="this channel leaves file locks to each node's kernel"),
+    pytest.mark.needs("native"),
 ]
 Work = dict[str, Path]
 
 CALLS = int(os.environ.get("MXFS_LOCK_CALLS", "2000"))
 TRANSACTIONS = int(os.environ.get("MXFS_LOCK_TRANSACTIONS", "150"))
+MAILS = int(os.environ.get("MXFS_LOCK_MAILS", "20"))
+"""How much each node does: `make locks` has many."""
 WAIT_S = 30.0
 
 
@@ -360,9 +363,30 @@ def test_random_calls_agree_with_a_model(lab: Lab, work: Work) -> None:
     assert granted > CALLS // 4
 
 
+def run_all(started: list[subprocess.Popen[str]], at_half: Callable[[], None] | None = None) -> None:
+    """Wait for programs that say "half" when they have done half; *at_half* is done when the first one says so."""
+    try:
+        if at_half is not None:
+            assert started[0].stdout is not None
+            assert started[0].stdout.readline() == "half\n"
+            at_half()
+        for one in started:
+            one.communicate(timeout=900)
+    finally:
+        for one in started:
+            one.kill()
+            one.communicate()
+    assert [one.returncode for one in started] == [0] * len(started)
+
+
+def program(text: str, *arguments: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", text, *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
 SQL = """
 import sqlite3, sys
-path, count = sys.argv[1], int(sys.argv[2])
+path, node, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
 done = 0
 while done < count:
     base = sqlite3.connect(path, timeout=60, isolation_level=None)
@@ -370,96 +394,101 @@ while done < count:
         while done < count:
             base.execute("BEGIN IMMEDIATE")
             base.execute("UPDATE counter SET n = n + 1")
+            base.execute("INSERT INTO row VALUES (?, ?, hex(randomblob(50)))", (node, done))
             base.execute("COMMIT")
             done += 1
+            if done == count // 2:
+                print("half", flush=True)
     except sqlite3.OperationalError as exc:
         if "locked" not in str(exc):
             raise
+        if base.in_transaction:
+            base.execute("ROLLBACK")
     finally:
         base.close()
 """
 
 
-@pytest.mark.timeout(600)
-def test_sqlite_on_two_nodes(lab: Lab, work: Work) -> None:
-    """In rollback-journal mode, which is nothing but file locks: no update is lost."""
-    home, other = lab.home(), lab.others()[0]
-    with sqlite3.connect(work[home] / "base") as base:
+def prepare_base(path: Path) -> None:
+    with sqlite3.connect(path) as base:
         base.execute("PRAGMA journal_mode=DELETE")
         base.execute("CREATE TABLE counter (n INTEGER)")
+        base.execute("CREATE TABLE row (node TEXT, number INTEGER, filler TEXT)")
         base.execute("INSERT INTO counter VALUES (0)")
     base.close()
-    started = [
-        subprocess.Popen([sys.executable, "-c", SQL, str(work[node] / "base"), str(TRANSACTIONS)])
-        for node in (home, other)
-    ]
-    assert [one.wait() for one in started] == [0, 0]
-    for node in lab.names:
-        with sqlite3.connect(work[node] / "base") as base:
-            assert base.execute("SELECT n FROM counter").fetchone() == (2 * TRANSACTIONS,)
+
+
+def check_base(work: Work, writers: list[str]) -> None:
+    """Every node sees every transaction of every writer, once."""
+    wanted = sorted((node, number) for node in writers for number in range(TRANSACTIONS))
+    for folder in work.values():
+        with sqlite3.connect(folder / "base") as base:
+            assert base.execute("SELECT n FROM counter").fetchone() == (len(wanted),)
+            assert base.execute("SELECT node, number FROM row ORDER BY node, number").fetchall() == wanted
             assert base.execute("PRAGMA integrity_check").fetchone() == ("ok",)
         base.close()
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
+def test_sqlite_on_two_nodes(lab: Lab, work: Work) -> None:
+    """In rollback-journal mode, which is nothing but file locks: no update is lost."""
+    nodes = [lab.home(), lab.others()[0]]
+    prepare_base(work[nodes[0]] / "base")
+    run_all([program(SQL, work[node] / "base", node, TRANSACTIONS) for node in nodes])
+    check_base(work, nodes)
+
+
+@pytest.mark.timeout(1200)
 def test_sqlite_while_the_home_dies(lab: Lab, work: Work) -> None:
     """Two survivors go on: they see a pause, and no update is lost."""
     home, nodes = lab.home(), lab.others()
-    with sqlite3.connect(work[nodes[0]] / "base") as base:
-        base.execute("PRAGMA journal_mode=DELETE")
-        base.execute("CREATE TABLE counter (n INTEGER)")
-        base.execute("INSERT INTO counter VALUES (0)")
-    base.close()
-    started = [
-        subprocess.Popen([sys.executable, "-c", SQL, str(work[node] / "base"), str(TRANSACTIONS)]) for node in nodes
-    ]
-    time.sleep(1.5)
-    lab.kill(home)
-    assert [one.wait() for one in started] == [0, 0]
+    prepare_base(work[nodes[0]] / "base")
+    run_all([program(SQL, work[node] / "base", node, TRANSACTIONS) for node in nodes], lambda: lab.kill(home))
     lab.start(home)
-    for node in lab.names:
-        with sqlite3.connect(work[node] / "base") as base:
-            assert base.execute("SELECT n FROM counter").fetchone() == (2 * TRANSACTIONS,)
-            assert base.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-        base.close()
+    check_base(work, nodes)
 
 
 MAIL = """
 import mailbox, sys
-path, node, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
+kind, path, node, count = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
 for number in range(count):
-    box = mailbox.mbox(path)
+    box = getattr(mailbox, kind)(path)
     while True:
         try:
             box.lock()
             break
         except mailbox.ExternalClashError:
             pass
-    message = mailbox.mboxMessage()
+    message = mailbox.Message()
     message["Subject"] = f"{node} {number}"
     message.set_payload("x" * 200)
     box.add(message)
     box.flush()
     box.unlock()
     box.close()
+    if number + 1 == count // 2:
+        print("half", flush=True)
 """
 
 
-@pytest.mark.timeout(600)
-def test_mailbox_on_two_nodes(lab: Lab, work: Work) -> None:
-    """Python's mailbox locks with fcntl and a dot file."""
-    import mailbox
-
-    home, other = lab.home(), lab.others()[0]
-    (work[home] / "box").touch()
-    count = 20
-    started = [
-        subprocess.Popen([sys.executable, "-c", MAIL, str(work[node] / "box"), node, str(count)])
-        for node in (home, other)
-    ]
-    assert [one.wait() for one in started] == [0, 0]
-    box = mailbox.mbox(work[lab.others()[1]] / "box")
-    assert sorted(message["Subject"] for message in box) == sorted(
-        f"{node} {number}" for node in (home, other) for number in range(count)
-    )
-    box.close()
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("kind", ["mbox", "MH"])
+@pytest.mark.parametrize("dying", [False, True], ids=["lives", "dies"])
+def test_mailbox_on_two_nodes(lab: Lab, work: Work, kind: str, dying: bool) -> None:
+    """Python's mailbox locks with fcntl and a dot file; no message is lost, also where the home dies."""
+    home, others = lab.home(), lab.others()
+    nodes = others if dying else [home, others[0]]
+    if kind == "mbox":
+        (work[nodes[0]] / "box").touch()
+    else:
+        mailbox.MH(work[nodes[0]] / "box").close()
+    started = [program(MAIL, kind, work[node] / "box", node, MAILS) for node in nodes]
+    run_all(started, (lambda: lab.kill(home)) if dying else None)
+    if dying:
+        lab.start(home)
+    for folder in work.values():
+        box: Any = getattr(mailbox, kind)(folder / "box")
+        assert sorted(message["Subject"] for message in box) == sorted(
+            f"{node} {number}" for node in nodes for number in range(MAILS)
+        )
+        box.close()

@@ -1,5 +1,6 @@
 """How nodes find each other: by announcements, and through the slots on the disk where datagrams do not pass."""
 
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -68,6 +69,27 @@ def test_nodes_join_and_follow_a_move_without_announcements(cluster: Lab, extra:
     assert found["on"] is on and (extra.startswith("peer") or found["counts"].get("accepted") is None)
     cluster.stop("n2")
     cluster.start("n2")
+
+
+def test_a_node_joins_while_another_changes_the_root(cluster: Lab) -> None:
+    """What a node asks its own mount before it is ready may have to be answered by it: nothing is cached for long."""
+    changing, done = cluster.paths.mountpoint("n1") / "changing", threading.Event()
+
+    def change() -> None:
+        while not done.is_set():
+            changing.write_text("now")
+            changing.unlink()
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    try:
+        for _ in range(6):
+            cluster.stop("n2")
+            cluster.start("n2")
+    finally:
+        done.set()
+        thread.join()
+    shared(cluster, "quiet")
 
 
 def test_a_mount_that_the_home_refuses_ends_with_its_reason(cluster: Lab) -> None:

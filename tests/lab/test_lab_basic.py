@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from labkit import NATIVE, scratch_dir
 
-from mxfsd import mountinfo, options, procs
+from mxfsd import mountinfo, options, procs, xfsprogs
 from mxfsd.lab import disk, lab, net, state
 
 pytestmark = [pytest.mark.needs("root", "fuse", "loop", "xfs", "netns"), pytest.mark.needs_lab]
@@ -114,7 +114,7 @@ def test_loop_devices_of_one_image(tmp_path: Path) -> None:
 def test_a_damaged_file_system_is_reported(tmp_path: Path) -> None:
     image = tmp_path / "disk.img"
     disk.make_image(image, 320 << 20)
-    subprocess.run(["mkfs.xfs", "-q", str(image)], check=True, preexec_fn=disk.hide_fuse_mounts)
+    subprocess.run(["mkfs.xfs", "-q", str(image)], check=True, preexec_fn=xfsprogs.hide_fuse_mounts)
     assert disk.check(image) == ""
     with open(image, "r+b") as file:
         file.seek(512)  # the free-space header (AGF) of the first group, sector 1

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from labkit import Lab
 
+from mxfsd import procs
+
 PAIRS = [("n1", "n2"), ("n2", "n1"), ("n2", "n3")]
 SIZE = 4 * 4096
 Work = dict[str, Path]
@@ -69,6 +71,21 @@ def test_a_map_outlives_its_descriptor(pair: tuple[Path, Path]) -> None:
         assert theirs.read_bytes()[:6] == b"latera"
     finally:
         area.close()
+
+
+@pytest.mark.needs_lab
+def test_stores_without_msync_are_seen_within_the_limit(lab: Lab, work: Work) -> None:
+    """Of a map on the home, through descriptors that stay open on another node."""
+    home, other = lab.home(), lab.others()[0]
+    settings = [Path(f"/proc/sys/vm/dirty_{name}_centisecs").read_text() for name in ("expire", "writeback")]
+    limit_s = sum(map(int, settings)) / 100 + 10  # and what a busy machine adds
+    (work[home] / "f").write_bytes(b"a" * SIZE)
+    with opened(work[home] / "f", os.O_RDWR) as fd, mmap.mmap(fd, SIZE) as area:
+        with opened(work[other] / "f", os.O_RDONLY) as reader:
+            area[5000:5005] = b"store"
+            assert procs.wait_until(lambda: os.pread(reader, 7, 4999) == b"astorea", limit_s)
+            os.pwrite(fd, b"written", 100)
+            assert os.pread(reader, 7, 100) == b"written"
 
 
 def test_shared_map_and_write_agree_on_one_node(pair: tuple[Path, Path]) -> None:

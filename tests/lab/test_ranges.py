@@ -4,11 +4,10 @@ import errno
 import fcntl
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from labkit import CHANNEL, Lab, must
+from labkit import Lab, errno_of, must
 
 from mxfs_proto.ioctls import FITRIM, FSGETXATTR, FSSETXATTR, GETFLAGS, SETFLAGS
 from mxfsd.io import libc
@@ -16,23 +15,11 @@ from mxfsd.io.ranges import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE
 
 pytestmark = [
     pytest.mark.needs_lab,
-    pytest.mark.skipif(CHANNEL == "pyfuse3", reason="libfuse's Python binding has no such requests"),
+    pytest.mark.needs("native"),
 ]
 Work = dict[str, Path]
 BLOCK = 4096
 NODUMP = 1 << 6
-
-
-def node_of(lab: Lab, where: str) -> str:
-    return lab.home() if where == "home" else lab.others()[0]
-
-
-def code_of(call: Callable[[], object]) -> int:
-    try:
-        call()
-    except OSError as exc:
-        return exc.errno or 0
-    return 0
 
 
 def shape(path: Path) -> tuple[int, bytes, list[int]]:
@@ -69,7 +56,7 @@ ROWS = [
 @pytest.mark.parametrize("where", ["home", "node"])
 @pytest.mark.parametrize("direct", [False, True])
 def test_fallocate_is_as_on_native_xfs(lab: Lab, work: Work, native_xfs: Path, where: str, direct: bool) -> None:
-    node = node_of(lab, where)
+    node = lab.at(where)
     other = next(name for name in work if name != node)
     for number, (mode, offset, length) in enumerate(ROWS):
         seen = []
@@ -78,7 +65,7 @@ def test_fallocate_is_as_on_native_xfs(lab: Lab, work: Work, native_xfs: Path, w
             fd = os.open(path, os.O_RDWR | (os.O_APPEND if direct else 0))
             try:
                 os.pread(fd, 4 * BLOCK, 0)  # something is cached
-                code = code_of(lambda fd=fd, row=(mode, offset, length): libc.fallocate(fd, *row))
+                code = errno_of(lambda fd=fd, row=(mode, offset, length): libc.fallocate(fd, *row))
                 seen.append((code, os.fstat(fd).st_size, shape(path)))
             finally:
                 os.close(fd)
@@ -92,7 +79,7 @@ def test_fallocate_is_as_on_native_xfs(lab: Lab, work: Work, native_xfs: Path, w
 
 @pytest.mark.parametrize("where", ["home", "node"])
 def test_holes_that_another_node_made(lab: Lab, work: Work, where: str) -> None:
-    node = node_of(lab, where)
+    node = lab.at(where)
     other = next(name for name in work if name != node)
     with open(work[node] / "sparse", "wb", buffering=0) as stream:
         os.pwrite(stream.fileno(), b"x" * BLOCK, 64 * BLOCK)
@@ -101,7 +88,7 @@ def test_holes_that_another_node_made(lab: Lab, work: Work, where: str) -> None:
         for fd in (mine, theirs):
             assert os.lseek(fd, 0, os.SEEK_DATA) == 64 * BLOCK
             assert os.lseek(fd, 0, os.SEEK_HOLE) == 0
-            assert code_of(lambda fd=fd: os.lseek(fd, 65 * BLOCK, os.SEEK_DATA)) == errno.ENXIO
+            assert errno_of(lambda fd=fd: os.lseek(fd, 65 * BLOCK, os.SEEK_DATA)) == errno.ENXIO
         os.pwrite(stream.fileno(), b"y", 0)
         assert os.lseek(theirs, 0, os.SEEK_DATA) == 0
         os.close(mine)
@@ -111,7 +98,7 @@ def test_holes_that_another_node_made(lab: Lab, work: Work, where: str) -> None:
 @pytest.mark.parametrize("where", ["home", "node"])
 def test_copies_share_blocks_and_show_the_newest_data(lab: Lab, work: Work, where: str) -> None:
     """What another node wrote a moment ago is copied; no block is taken for it."""
-    node = node_of(lab, where)
+    node = lab.at(where)
     other = next(name for name in work if name != node)
     size = 8 << 20
     data = os.urandom(size)
@@ -135,7 +122,7 @@ def test_copies_share_blocks_and_show_the_newest_data(lab: Lab, work: Work, wher
 @pytest.mark.parametrize("where", ["home", "node"])
 @pytest.mark.parametrize("kind", ["file", "dir"])
 def test_flags(lab: Lab, work: Work, where: str, kind: str) -> None:
-    node = node_of(lab, where)
+    node = lab.at(where)
     other = next(name for name in work if name != node)
     if kind == "file":
         (work[node] / kind).touch()
@@ -154,8 +141,8 @@ def test_flags(lab: Lab, work: Work, where: str, kind: str) -> None:
         attributes[12:16] = (77).to_bytes(4, "little")  # the project
         fcntl.ioctl(fds[other], FSSETXATTR, bytes(attributes))
         assert fcntl.ioctl(fds[node], FSGETXATTR, bytes(28))[12:16] == (77).to_bytes(4, "little")
-        assert code_of(lambda: fcntl.ioctl(fds[node], SETFLAGS, (0x10).to_bytes(8, "little"))) == errno.EOPNOTSUPP
-        assert code_of(lambda: fcntl.ioctl(fds[node], 0x5401, bytes(60))) == errno.ENOTTY
+        assert errno_of(lambda: fcntl.ioctl(fds[node], SETFLAGS, (0x10).to_bytes(8, "little"))) == errno.EOPNOTSUPP
+        assert errno_of(lambda: fcntl.ioctl(fds[node], 0x5401, bytes(60))) == errno.ENOTTY
     finally:
         for fd in fds.values():
             os.close(fd)
@@ -163,7 +150,7 @@ def test_flags(lab: Lab, work: Work, where: str, kind: str) -> None:
 
 @pytest.mark.parametrize("where", ["home", "node"])
 def test_trim(lab: Lab, work: Work, where: str) -> None:
-    fd = os.open(work[node_of(lab, where)], os.O_RDONLY)
+    fd = os.open(work[lab.at(where)], os.O_RDONLY)
     try:
         asked = bytes(8) + b"\xff" * 8 + bytes(8)
         trimmed = int.from_bytes(fcntl.ioctl(fd, FITRIM, asked)[8:16], "little")
@@ -174,7 +161,7 @@ def test_trim(lab: Lab, work: Work, where: str) -> None:
 
 @pytest.mark.parametrize("where", ["home", "node"])
 def test_birth_times(lab: Lab, work: Work, where: str) -> None:
-    path = work[node_of(lab, where)] / "born"
+    path = work[lab.at(where)] / "born"
     before = time.time()
     path.touch()
     os.utime(path, (1, 1))

@@ -94,13 +94,15 @@ def test_written_over_while_the_home_dies(lab: Lab, work: Work) -> None:
 
     writer = threading.Thread(target=write, daemon=True)
     writer.start()
-    assert procs.wait_until(lambda: written[0] > 200, 20)
-    kill_home(lab)
-    reached = written[0]
-    assert procs.wait_until(lambda: written[0] > reached + 200, 30)
-    stop.set()
-    writer.join(30)
-    os.close(fd)
+    try:
+        assert procs.wait_until(lambda: written[0] > 200, 20)
+        kill_home(lab)
+        reached = written[0]
+        assert procs.wait_until(lambda: written[0] > reached + 200, 30)
+    finally:
+        stop.set()
+        writer.join(30)
+        os.close(fd)
     expected = bytearray(4 * 4096)
     for number in range(1, written[0] + 1):
         expected[number % 3 * 4096 : number % 3 * 4096 + 8192] = number.to_bytes(8, "big") * 1024

@@ -4,8 +4,8 @@ One number decides everything: latencies, who loses power, crashes, is paused, c
 applications do. Replay a seed with ``.venv/bin/python tests/sim/failover.py --seed N -v``.
 
 Real: Keeper, Watch, slot and lease claims, Takeover, Membership, ClientLease, LockMaster, LockCache, SessionTable,
-UnstableData, the settling of operations without outcome, the codec of the lockspace. Modelled: the device, XFS, the
-network, and what executes the core's effects.
+UnstableData, FileLocks, FileLockOps, the settling of operations without outcome, the codec of the lockspace.
+Modelled: the device, XFS, the network, and what executes the core's effects.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from failover_disk import Disk, Volume
 from failover_engine import Engine, Link, Network
 from failover_faults import plan
 from failover_home import Home
+from failover_locks import Claims, HomeLocks, Locks, enter, leave
 from failover_node import Node, adopt
 from simcheck import Broken
 
@@ -72,6 +73,9 @@ class Rules:
     takeover: Callable[..., Any] = Takeover
     keeper: Callable[..., Any] = Keeper
     unstable: Callable[..., Any] = UnstableData
+    locks: Callable[..., Any] = Locks
+    home_locks: Callable[..., Any] = HomeLocks
+    name_locks: bool = True
 
 
 class World:
@@ -88,7 +92,9 @@ class World:
         nodes: int = 3,
         threads: int | None = None,
         late: float | None = None,
+        lockers: int = 0,
     ) -> None:
+        """*lockers*: so many processes of each node lock and unlock files (failover_locks.py)."""
         self.seed = seed
         self.rules = rules or Rules()
         self.engine = engine = Engine(seed, verbose)
@@ -98,6 +104,9 @@ class World:
         self.late = rng.choice((0.0, 0.01, 0.05)) if late is None else late
         self.threads = rng.choice((1, 2)) if threads is None else threads
         self.linger_ms = rng.choice((0, 20))
+        self.lockers = lockers
+        self.claims = Claims()
+        enter(self)
         self.busy_ms = BUSY_MS
         self.calm_ms = CALM_MS
         self.disk = Disk(self, nodes + 1)
@@ -194,6 +203,7 @@ class World:
         for node in self.nodes.values():
             if node.slot == slot and incarnation in (node.incarnation, node.continues) and node.fuse is not None:
                 self.ledger.lost(node.fuse.serial)
+                self.claims.gone(node.fuse.serial)
 
     def reached(self, node: Node, effect: Any) -> None:
         """A node is about to carry out a step of a takeover."""
@@ -228,9 +238,13 @@ def simulate(seed: int, rules: Rules | None = None, verbose: bool = False, **mor
     try:
         world.run()
     except Exception as exc:
-        replay = f"python tests/sim/failover.py --seed {seed} -v"
+        lockers = f" --lockers {world.lockers}" if world.lockers else ""
+        replay = f"python tests/sim/failover.py --seed {seed} -v{lockers}"
         what = f"seed {seed} ({world.agent}, {', '.join(world.faults)}) at {world.engine.now} ms"
         raise Broken(f"{what}: {type(exc).__name__}: {exc}\n  replay: {replay}") from exc
+    finally:
+        world.engine.close()
+        leave()
     return world
 
 
@@ -239,12 +253,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="first seed")
     parser.add_argument("--runs", type=int, default=1, help="so many seeds from there")
+    parser.add_argument("--lockers", type=int, default=0, help="processes of each node that lock files")
     parser.add_argument("-v", "--verbose", action="store_true", help="print every message and effect")
     options = parser.parse_args()
     failed = 0
     for seed in range(options.seed, options.seed + options.runs):
         try:
-            world = simulate(seed, verbose=options.verbose)
+            world = simulate(seed, verbose=options.verbose, lockers=options.lockers)
         except Broken as exc:
             failed += 1
             print(exc)

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from failover_apps import Applications
 from failover_engine import Link, Steps
+from failover_locks import Locks, bast_first, drive, record_of, tables_of
 from failover_ops import DIR
 from simnode import Future
 
+from mxfs_proto.filelocks import is_resource
 from mxfs_proto.lockflags import LockFlag
 from mxfs_proto.modes import LockMode, covers
 from mxfs_proto.ops import Fid
@@ -67,6 +69,7 @@ class Fuse(Applications):
         self.excused: set[int] = set()
         self.writing: set[int] = set()
         self.losses = 0
+        self.locks: Locks = self.rules.locks(self)
 
     def opens_of(self, ino: int) -> tuple[int, int]:
         return (self.counts[ino], 0) if ino in self.counts else (0, 0)
@@ -96,6 +99,8 @@ class Fuse(Applications):
                 self.run(self.cache.resend(self.world.engine.now))
                 for seq in list(self.pending):
                     self.transmit(seq)
+                self.locks.state.frozen = False
+                self.locks.resumed()
             case "renewed":
                 self.lease.renewed(self.node.clock(), args[0])
             case "refused":
@@ -134,11 +139,15 @@ class Fuse(Applications):
         if link is not self.link:
             return
         self.replayed = epoch
+        self.locks.state.frozen = True
+        tables = tables_of(self.locks)
         held = list(self.cache.held())
         for ino, mode, _, opens in held:
             self.send("reclaim", ino, mode, opens)
         for ino in [ino for ino, count in self.counts.items() if count]:
             self.send("reclaim", ino, NL, self.opens_of(ino))
+        if tables and self.rules.name_locks:
+            self.send("reclaim_locks", tables)
         self.send("reclaimed")
 
     def check_lease(self) -> None:
@@ -206,11 +215,25 @@ class Fuse(Applications):
                 self.run(self.cache.on_grant(now, *fields))
             case ("deny", *fields):
                 self.run(self.cache.on_deny(now, *fields))
+            case ("bast", ino, *_) if bast_first(self, ino):
+                self.world.engine.spawn(self.tell_first(message[1:]), self.fuse_proc)
             case ("bast", *fields):
                 self.run(self.cache.on_bast(now, *fields))
+            case (("wake" | "denied") as what, ino, wait_id):
+                self.locks.on_record(record_of(what, ino, wait_id))
+
+    def tell_first(self, bast: tuple[Any, ...]) -> Steps:
+        """What was decided about file locks is told to the home before it takes the right to decide back."""
+        yield from drive(self.locks.give_up(bast[0]))
+        self.run(self.cache.on_bast(self.world.engine.now, *bast))
 
     def invalidate(self, ino: int, target: LockMode) -> Steps:
         """One pass: the kernel drops its copies, and what was written here is committed before the lock goes."""
+        if is_resource(ino):
+            yield from drive(self.locks.give_up(ino))
+            if ino in self.cache._revokes and self.cache._revokes[ino].passing:
+                self.run(self.cache.invalidated(self.world.engine.now, ino))
+            return
         if not covers(target, PR):
             self.kernel.pop(ino, None)
             self.changes[ino] += 1

@@ -7,6 +7,7 @@ the order of what they carry, and break when the network loses anything of it, a
 import heapq
 import random
 from collections.abc import Callable, Generator
+from contextlib import suppress
 from typing import Any
 
 from simnode import Future
@@ -44,16 +45,20 @@ class Engine:
         self.steps = 0
         self._serial = 0
         self._queue: list[Any] = []
+        self._tasks: set[Steps] = set()
 
     def serial(self) -> int:
         """Return a number above all those before."""
         self._serial += 1
         return self._serial
 
-    def at(self, delay: int, what: Callable[..., None], *args: Any, proc: Proc | None = None) -> None:
-        """Call *what* after *delay*; with *proc*, only if that process lives then, in this life."""
+    def at(
+        self, delay: int, what: Callable[..., None], *args: Any, proc: Proc | None = None, life: int | None = None
+    ) -> None:
+        """Call *what* after *delay*; with *proc*, only if that process lives then, in this *life* or the one it has."""
         self._serial += 1
-        life = proc.life if proc is not None else 0
+        if life is None:
+            life = proc.life if proc is not None else 0
         heapq.heappush(self._queue, (self.now + max(0, delay), self._serial, what, args, proc, life))
 
     def step(self) -> bool:
@@ -74,9 +79,15 @@ class Engine:
         return True
 
     def spawn(self, steps: Steps, proc: Proc, delay: int = 0) -> None:
-        """Run a task in *proc*: it yields milliseconds to sleep, or a Future to wait for its value."""
+        """Run a task in *proc*: it yields milliseconds to sleep, or a Future to wait for its value.
+
+        A task ends with the life of its process, and nothing of it happens after that: it is kept until the world ends,
+        because what frees a generator also runs its `finally`, at a moment that the garbage collector chooses.
+        """
         value: Any = None
         waiting: Future | None = None
+        life = proc.life
+        self._tasks.add(steps)
 
         def resume() -> None:
             nonlocal waiting, value
@@ -85,17 +96,24 @@ class Engine:
                 try:
                     what = steps.send(value)
                 except StopIteration:
+                    self._tasks.discard(steps)
                     return
                 if not isinstance(what, Future):
-                    self.at(what, resume, proc=proc)
+                    self.at(what, resume, proc=proc, life=life)
                     return
                 if not what.done:
                     waiting = what
-                    what.task = lambda: self.at(0, resume, proc=proc)
+                    what.task = lambda: self.at(0, resume, proc=proc, life=life)
                     return
                 value = what.value
 
-        self.at(delay, resume, proc=proc)
+        self.at(delay, resume, proc=proc, life=life)
+
+    def close(self) -> None:
+        """End the tasks that are left; what they do then counts for nothing."""
+        while self._tasks:
+            with suppress(Exception):
+                self._tasks.pop().close()
 
     def note(self, who: str, what: Any) -> None:
         if self.verbose:

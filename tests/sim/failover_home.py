@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from failover_disk import CELLS, Mount
 from failover_engine import Link, Steps
+from failover_locks import HomeLocks
 from failover_ops import (
     DIR,
     ONCE,
@@ -25,7 +26,6 @@ from failover_ops import (
 from simnode import Future
 
 from mxfs_proto.modes import LockMode, covers
-from mxfs_proto.ondisk import SlotState
 from mxfsd.core.dlm import LockMaster
 from mxfsd.core.epochs import first_seq
 from mxfsd.core.lockeffects import Bast, Deny, Grant, MasterEffect, OpDenied, OpGranted
@@ -39,9 +39,9 @@ from mxfsd.core.membership import (
     MemberState,
     Refused,
     SlotReport,
-    SlotSays,
     StepDown,
     Thaw,
+    says,
 )
 from mxfsd.core.outcomes import Step
 from mxfsd.core.sessions import Replay, SessionTable, Verdict
@@ -52,11 +52,6 @@ if TYPE_CHECKING:
     from failover_node import Node
 
 NL, CR, CW, PR, PW, EX = LockMode
-SAYS = {
-    SlotState.FREE: SlotSays.FREE,
-    SlotState.LEFT: SlotSays.LEFT,
-    SlotState.FAILED: SlotSays.FAILED,
-}
 
 
 class Home:
@@ -86,6 +81,9 @@ class Home:
         self.named: dict[int, set[int]] = {}
         self.greeted: dict[int, int] = {}
         self.reaping: set[int] = set()
+        self.connections: dict[int, int] = {}
+        self.locks: HomeLocks = self.rules.home_locks(self)
+        self.locks.connection_of = lambda slot: self.connections.get(slot, 0)
 
     # -- recovery ----------------------------------------------------------------------------------------------
 
@@ -213,12 +211,15 @@ class Home:
         if session is not None:
             self.sessions.drop(session)
             self.world.ledger.lost(session)
+            self.world.claims.gone(session)
+        self.connections[slot] = self.connections.get(slot, 0) + 1
         link = self.links.pop(slot, None)
         if link is not None:
             link.broken = True
         self.queues.pop(slot, None)
         self.world.put_out(slot, incarnation)
         self.node.evicted.add((slot, incarnation))
+        self.locks.node_gone(slot)
         self.run(self.master.node_gone(self.world.engine.now, slot))
         self.node.free_slot(slot, incarnation)
         self.node.go(self.node.takeover.out(slot))
@@ -229,9 +230,8 @@ class Home:
         reports = []
         for record in snap.slots:
             if record is not None:
-                says = SAYS.get(record.state, SlotSays.CLAIMED)
                 age = self.node.watch.age_ms(record.slot)
-                reports.append(SlotReport(record.slot, record.incarnation, says, age))
+                reports.append(SlotReport(record.slot, record.incarnation, says(record.state), age))
         self.decide(self.membership.on_slots(now, reports))
         if self.serving and not self.over:
             self.run(self.master.tick(self.world.engine.now))
@@ -271,6 +271,7 @@ class Home:
             self.sessions.drop(self.session_of[slot])
         self.session_of[slot] = fuse.serial
         self.links[slot] = link
+        self.connections[slot] = self.connections.get(slot, 0) + 1
         self.greeted[slot] = self.master.last_seq
         self.queues.pop(slot, None)
         self.tell(slot, "welcome", self.serving)
@@ -290,7 +291,7 @@ class Home:
         if self.links.get(slot) is not link or not self.may_act() or self.frozen:
             return
         now, master = self.world.engine.now, self.master
-        if not self.serving and message[0] not in ("reclaim", "reclaimed"):
+        if not self.serving and message[0] not in ("reclaim", "reclaim_locks", "reclaimed"):
             return
         match message:
             case ("request", req_id, ino, mode, flags, opens):
@@ -304,7 +305,10 @@ class Home:
             case ("reclaim", ino, mode, opens):
                 self.named.setdefault(slot, set()).add(ino)
                 self.run(master.reclaim(now, slot, ino, mode, opens))
+            case ("reclaim_locks", tables):
+                self.locks.name(self, slot, tables)
             case ("reclaimed",):
+                self.locks.reclaimed(slot)
                 named = self.named.pop(slot, set())
                 for ino in set(master.recorded()) - named:
                     seq = master.seq_of(slot, ino)
@@ -318,6 +322,7 @@ class Home:
         """The grace period is over."""
         self.world.ledger.recovered(self.mount.meta)
         self.serving = True
+        self.locks.grace_over()
         self.run(self.master.grace_over(self.world.engine.now))
         keep = set(self.session_of.values())
         for session in self.sessions.sessions():
@@ -336,12 +341,27 @@ class Home:
         session, seq, ack, number, op = request
         if not self.serving and op[0] not in ("replay", "fsync"):
             return
+        if op[0] == "lk":
+            self.tasks += 1
+            self.world.engine.spawn(self.on_file_lock(link, slot, session, seq, op), self.node.daemon)
+            return
         verdict = self.sessions.begin(session, seq, ack)
         if isinstance(verdict, Replay):
             self.reply(link, slot, session, seq, pickle.loads(verdict.reply))
         elif verdict is Verdict.NEW:
             self.tasks += 1
             self.world.engine.spawn(self.execute(link, slot, session, seq, ack, number, op), self.node.daemon)
+
+    def on_file_lock(self, link: Link, slot: int, session: int, seq: int, op: tuple[Any, ...]) -> Steps:
+        """An operation on file locks, which may run twice: its reply is not kept."""
+        answer = yield from self.locks.execute(self, slot, op[1], op[2:])
+        self.tasks -= 1
+        if answer is not None and self.links.get(slot) is link:
+            self.reply(link, slot, session, seq, answer)
+
+    def tell_locks(self, slot: int, *record: Any) -> None:
+        """A wake, or the denial of a claim."""
+        self._pass(slot, record)
 
     def reply(self, asked: Link, slot: int, session: int, seq: int, reply: Any) -> None:
         link = self.links.get(slot)

@@ -8,6 +8,7 @@ from failover_client import Fuse
 from failover_disk import Host, Mount
 from failover_engine import Link, Proc, Steps
 from failover_home import Home
+from failover_locks import application as locker
 from failover_takeover import Successor
 from simnode import Future
 
@@ -160,6 +161,8 @@ class Node(Successor):
         self.fuse = Fuse(self, self.world.new_session())
         for thread in range(self.world.threads):
             self.world.engine.spawn(self.fuse.application(thread), self.fuse_proc)
+        for owner in range(1, self.world.lockers + 1):
+            self.world.engine.spawn(locker(self.fuse, owner), self.fuse_proc)
 
     # -- the heartbeat process ---------------------------------------------------------------------------------
 
@@ -367,6 +370,7 @@ class Node(Successor):
     def end_fuse(self) -> None:
         if self.fuse is not None:
             self.world.ledger.lost(self.fuse.serial)
+            self.world.claims.gone(self.fuse.serial)
             self.fuse = None
             self.fuse_proc.kill()
 

@@ -14,6 +14,7 @@ from failover_faults import KINDS
 from simcheck import Broken
 
 SEEDS = int(os.environ.get("FAILOVER_SEEDS", "17600"))
+LOCK_SEEDS = int(os.environ.get("FAILOVER_LOCK_SEEDS", "1600"))
 FIRST = int(os.environ.get("FAILOVER_FIRST", "0"))
 WORKERS = 2
 CHUNK = 100
@@ -36,16 +37,17 @@ NAMED = {
 """Seeds that found something while this simulator was made, in it or in the code."""
 
 
-def shard(first: int, count: int) -> tuple[Counter[str], list[str]]:
+def shard(first: int, count: int, lockers: int = 0) -> tuple[Counter[str], list[str]]:
     """Run seeds in a process of its own; return what happened, and the messages of those that failed."""
     seen: Counter[str] = Counter()
     failures = []
     for seed in range(first, first + count):
         try:
-            world = simulate(seed)
+            world = simulate(seed, lockers=lockers)
         except Broken as exc:
             failures.append(str(exc))
             continue
+        seen.update(world.claims.counts)
         seen.update(world.ledger.counts)
         seen.update(kind.split("@")[0] for kind in world.faults)
         seen.update({world.agent: 1, "takeovers": world.takeovers - 1, "deaths": world.deaths})
@@ -53,22 +55,39 @@ def shard(first: int, count: int) -> tuple[Counter[str], list[str]]:
     return seen, failures
 
 
-def shards() -> Iterator[tuple[int, int]]:
-    for first in range(FIRST, FIRST + SEEDS, CHUNK):
-        yield first, min(CHUNK, FIRST + SEEDS - first)
+def shards(seeds: int) -> Iterator[tuple[int, int]]:
+    for first in range(FIRST, FIRST + seeds, CHUNK):
+        yield first, min(CHUNK, FIRST + seeds - first)
 
 
-@pytest.mark.timeout(900)
-def test_nothing_acknowledged_is_lost() -> None:
+def run_all(seeds: int, lockers: int = 0) -> Counter[str]:
+    """Run so many seeds; return what happened, all together."""
     seen: Counter[str] = Counter()
     failures: list[str] = []
     with ProcessPoolExecutor(WORKERS) as pool:
-        for done in as_completed([pool.submit(shard, *each) for each in shards()]):
+        for done in as_completed([pool.submit(shard, *each, lockers) for each in shards(seeds)]):
             happened, failed = done.result()
             seen.update(happened)
             failures += failed
     assert not failures, "\n".join([f"{len(failures)} seeds fail:", *failures[:10]])
-    assert seen["ended"] == SEEDS
+    assert seen["ended"] == seeds
+    return seen
+
+
+@pytest.mark.timeout(900)
+def test_file_locks_are_kept_and_end_with_their_node() -> None:
+    """Two processes of each node lock two files: no two have what conflicts, and every wait ends."""
+    seen = run_all(LOCK_SEEDS, lockers=2)
+    print(dict(seen))
+    assert seen["locked"] > 50 * LOCK_SEEDS and seen["decided alone"] > 25 * LOCK_SEEDS
+    assert seen["refused"] > 5 * LOCK_SEEDS and seen["deadlocks"] > LOCK_SEEDS / 50
+    assert seen["reclaimed"] > LOCK_SEEDS
+    assert seen["takeovers"] > LOCK_SEEDS / 2
+
+
+@pytest.mark.timeout(900)
+def test_nothing_acknowledged_is_lost() -> None:
+    seen = run_all(SEEDS)
     # A simulation in which nothing happens proves nothing.
     print(dict(seen))
     for kind in (*KINDS, "pr", "lease", "damaged"):

@@ -3,8 +3,9 @@
 from typing import Any
 
 import pytest
-from failover import Rules, simulate
+from failover import Rules, World, simulate
 from failover_faults import between_change_and_outcome, breaking_connections, frozen_home, only
+from failover_locks import HomeLocks, Locks
 from simcheck import Broken
 
 from mxfsd.core.keeper import Keeper
@@ -56,6 +57,34 @@ class TrustsItsLeaseForEver(Keeper):
         return None if self.lease is None else 1 << 60
 
 
+class KeepsLocksOfTheDead(HomeLocks):
+    """Never lets go of what a node that was put out has locked."""
+
+    def node_gone(self, node: int) -> None:
+        pass
+
+
+class DecidesAfterTheLease(Locks):
+    """Goes on deciding alone after its lease, and says so: it would have been put out by then."""
+
+    def _decides(self, ino: int, here: Any) -> bool:
+        return not here.busy and bool(here.copied) and bool(self.mine.inodes()) or super()._decides(ino, here)
+
+
+class TellsNothing(Locks):
+    """Lets the right to decide go without a word of what it has decided."""
+
+    async def give_up(self, resource: int) -> None:
+        pass
+
+
+def gone_for_good(world: World) -> None:
+    """A client loses power, and does not come back."""
+    world.faults.append("node 2 is gone")
+    world.engine.at(700, world.nodes[2].power_off)
+
+
+LOCKING: dict[str, Any] = {"lockers": 2}
 MUTANTS: list[tuple[str, Rules, dict[str, Any]]] = [
     ("no fence", Rules(fence=False), {"agent": "pr", "faults": frozen_home}),
     ("fence not confirmed", Rules(confirm=False), {"agent": "pr", "faults": frozen_home}),
@@ -83,6 +112,14 @@ MUTANTS: list[tuple[str, Rules, dict[str, Any]]] = [
     ("no self-fence", Rules(self_fence=False, lease_check=False), {"agent": "lease"}),
     ("no end of the lease", Rules(keeper=TrustsItsLeaseForEver), {"agent": "lease"}),
     ("replies of an earlier connection bring grants", Rules(grants_by_link=False), {"faults": only("connection")}),
+    ("file locks are not named to the next home", Rules(name_locks=False), LOCKING),
+    (
+        "file locks of a node that was put out stay",
+        Rules(home_locks=KeepsLocksOfTheDead),
+        {**LOCKING, "faults": gone_for_good},
+    ),
+    ("a node decides about file locks without the right to", Rules(locks=DecidesAfterTheLease), LOCKING),
+    ("what a node has decided about file locks is not told", Rules(locks=TellsNothing), LOCKING),
     (
         "grants that waited go out over another connection",
         Rules(late_by_link=False),

@@ -161,17 +161,15 @@ class Cluster:
             config = Config(
                 str(self.folder / node), str(self.oracle), name, int(node[1:]), self._seed, self._base_ms, mapped
             )
-            processes.append(self._on_node(node, config.argv(), stderr=open(folder / "stderr", "ab")))  # noqa: SIM115
+            with open(folder / "stderr", "ab") as stderr:
+                processes.append(self._on_node(node, config.argv(), stderr=stderr))
         logs = [folder / "load.log", folder / "mapped.log"]
         self.live[node] = Generation(name, node, table, processes, logs)
 
     def _on_node(self, node: str, argv: list[str], **more: Any) -> subprocess.Popen[bytes]:
         mark = Paths(self.folder.resolve()).mark(node)
         environment = {**os.environ, **dict([mark.split("=", 1)])}
-        process = subprocess.Popen(argv, cwd=REPOSITORY, env=environment, stdin=subprocess.DEVNULL, **more)
-        if "stderr" in more:
-            more["stderr"].close()
-        return process
+        return subprocess.Popen(argv, cwd=REPOSITORY, env=environment, stdin=subprocess.DEVNULL, **more)
 
     def dying(self, *nodes: str) -> None:
         """From now on it is open whether these nodes' load survives."""

@@ -1,0 +1,1 @@
+"""Fuzzing: ``make fuzz`` (atheris, guided by coverage); ``tests/unit`` runs the same targets with Hypothesis."""
