@@ -109,11 +109,18 @@ class Channel:
         """Start a command (a string is for the shell), which the guest ends after *timeout_s*."""
         argv = ["/bin/sh", "-c", command] if isinstance(command, str) else list(command)
         words = command if isinstance(command, str) else shlex.join(command)
+        return self._start(words, argv=argv, timeout=timeout_s, stdin=base64.b64encode(stdin).decode())
+
+    def ask(self, request: str, timeout_s: float = 20.0) -> Done:
+        """Send a request to the control sockets of the daemons there; the output has a line of JSON of each."""
+        return self._start(f"control: {request}", ask=request).wait(timeout_s + MARGIN_S)
+
+    def _start(self, words: str, **fields: object) -> Command:
         started = Command(next(self._numbers), words, self)
         self._commands[started.number] = started
         if self.gone.is_set():
             raise GuestError(f"{self.name}: the guest is gone")
-        self.send(id=started.number, argv=argv, timeout=timeout_s, stdin=base64.b64encode(stdin).decode())
+        self.send(id=started.number, **fields)
         return started
 
     def run(self, command: str | Sequence[str], timeout_s: float = 60.0, stdin: bytes = b"") -> Done:

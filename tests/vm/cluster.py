@@ -16,13 +16,12 @@ from image import CHECKOUT, Boot
 from machine import Machine
 from netspace import NetSpace
 from relay import Relay
-from storage import NAME, PORT, Storage, check_copy, check_image
+from storage import DISK_BYTES, NAME, PORT, Lio, SharedDisk, Storage, check_copy, check_image, initiator
 
 DEVICE, MOUNTPOINT = "/dev/sda", "/mnt/shared"
-DISK_BYTES = 1 << 30
 WIRE_PORT = 7100
-REPLACEMENT_S = 30
-"""open-iscsi: a session that is not back after this long fails what waits for it."""
+REPLACEMENT_S = 120
+"""open-iscsi's own value: a session that is not back after this long fails what waits for it."""
 MOUNT_S = 100.0
 FRESH_MS = 6000
 """A slot that is active has beaten since; that of a dead node may stay as it was."""
@@ -62,19 +61,20 @@ class Node:
         done = self.run(f"{_LOAD} check {MOUNTPOINT}/{folder} {tag} {count}", 200.0)
         assert done.code == 0, f"{self.name}: {done.out}{done.err}"
 
-    def attach(self, options: str = "") -> None:
-        """Log in to the target; the disk is DEVICE then."""
+    def attach(self, *, pings: bool = True) -> None:
+        """Log in to the target; the disk is DEVICE then. *pings*: end a connection on which nothing comes for 10 s."""
         portal = f"10.0.{self.machine.number}.2:{self.relay.port}"
         node = f"iscsiadm -m node -T {NAME} -p {portal}"
+        quiet = "" if pings else f"{node} -o update -n node.conn[0].timeo.noop_out_interval -v 0"
         self.must(
             f"""set -e
             modprobe -a iscsi_tcp xfs fuse sg sd_mod
             mkdir -p /etc/iscsi /var/lib/iscsi /run/lock/iscsi
-            echo InitiatorName=iqn.2026-11.net.mxfs.vm:{self.name} >/etc/iscsi/initiatorname.iscsi
+            echo InitiatorName={initiator(self.name)} >/etc/iscsi/initiatorname.iscsi
             iscsid
             {node} -o new >/dev/null
             {node} -o update -n node.session.timeo.replacement_timeout -v {REPLACEMENT_S}
-            {options}
+            {quiet}
             {node} --login >/dev/null
             for i in $(seq 100); do [ -b {DEVICE} ] && break; sleep 0.1; done
             [ -b {DEVICE} ]""",
@@ -94,9 +94,21 @@ class Node:
         return self.run(f"mountpoint -q {MOUNTPOINT} && timeout 20 ls {MOUNTPOINT} >/dev/null", 30.0).code == 0
 
     def status(self) -> dict[str, Any]:
-        """Return what ``mxfs status --json`` says of the volume. GuestError while no daemon answers."""
-        views: list[dict[str, Any]] = json.loads(self.must("mxfs status --json", 60.0))
-        return views[0]
+        """Return what the daemon says of the volume, as ``mxfs status --json`` shows it. GuestError while none answers.
+
+        Asked without a new Python there, whose start takes seconds in which the tests look again and again.
+        """
+        done = self.machine.channel.ask("status")
+        if done.code:
+            raise GuestError(f"{self.name}: no daemon answers: {done.err}")
+        view: dict[str, Any] = json.loads(done.out.splitlines()[0])
+        if not view.get("ok"):
+            raise GuestError(f"{self.name}: status: {view}")
+        return view
+
+    def replacement(self, seconds: int) -> None:
+        """Set how long the kernel waits for a lost session, until the next login."""
+        self.must(f"echo {seconds} | tee /sys/class/iscsi_session/session*/recovery_tmo")
 
     def log(self) -> str:
         """Return the daemon's log."""
@@ -110,17 +122,19 @@ class Node:
 class Cluster:
     """The namespace, the target, and the nodes n1, n2, ... that use it."""
 
-    def __init__(self, folder: Path, boot: Boot, count: int) -> None:
+    def __init__(self, folder: Path, boot: Boot, count: int, *, lio: bool = False) -> None:
         self.folder = folder
         self.space = NetSpace()
-        self.storage: Storage | None = None
+        self.storage: SharedDisk | None = None
         self.nodes: dict[str, Node] = {}
         self.times: list[str] = []
         try:
-            self.storage = Storage(folder, self.space, DISK_BYTES)
             for number in range(1, count + 1):
                 machine = Machine(number, folder / f"n{number}", boot, self.space, WIRE_PORT)
                 self.nodes[machine.name] = Node(machine, Relay(self.space, PORT))
+            self.storage = (
+                Lio(folder, self.space, boot, list(self.nodes)) if lio else Storage(folder, self.space, DISK_BYTES)
+            )
             self.boot(self.nodes.values())
             first = next(iter(self.nodes.values()))
             first.must(f"mkfs.mxfs {DEVICE}", 120.0)
@@ -152,13 +166,16 @@ class Cluster:
         for node in every:
             node.relay.restore()
             node.machine.power_on()
+        assert self.storage is not None
+        self.storage.wait_up()
         for node in every:
             node.machine.wait_up()
         self.note("boot of " + ", ".join(f"{node.name} {node.machine.booted_s:.0f} s" for node in every))
         self.each(every, self._ready)
 
     def _ready(self, node: Node) -> None:
-        node.attach()
+        # What a test holds back on the way to LIO is to arrive late, on the connection that it was sent on.
+        node.attach(pings=not isinstance(self.storage, Lio))
         node.must(f"{CHECKOUT}/.venv/bin/mxfs install", 60.0)
 
     def mount(self, nodes: Iterable[Node], options: str = "") -> None:
@@ -195,6 +212,16 @@ class Cluster:
             return status["state"] == "serving" and len(fresh) == count
         return False
 
+    def restart_target(self) -> float:
+        """Restart the target, at which nobody can log in meanwhile; return the seconds that it took."""
+        assert self.storage is not None
+        for node in self.nodes.values():
+            node.relay.cut()
+        took = self.storage.restart()
+        for node in self.nodes.values():
+            node.relay.restore()
+        return took
+
     def home(self, nodes: Iterable[Node]) -> Node:
         """Return the home, about which these nodes agree."""
         names = {node.status()["home"] for node in nodes}
@@ -202,13 +229,8 @@ class Cluster:
         return self.nodes[names.pop()]
 
     def wait(self, condition: Callable[[], object], seconds: float, what: str) -> float:
-        """Wait until something holds; return how long it took."""
-        began = time.monotonic()
-        while not condition():
-            if time.monotonic() - began > seconds:
-                raise AssertionError(f"not within {seconds:.0f} s: {what}\n{self.logs()}")
-            time.sleep(0.5)
-        return time.monotonic() - began
+        """As the function; a failure has the logs."""
+        return wait(condition, seconds, what, self.logs)
 
     def keys(self, node: Node) -> list[str]:
         """Return the keys that the disk has, by sg_persist(8) on a node."""
@@ -225,9 +247,11 @@ class Cluster:
         running = [node.machine for node in self.nodes.values() if node.machine.on and not node.machine.paused]
         for machine in running:
             machine.pause()
+        self.storage.pause(still=True)
         try:
             check_copy(self.storage.image, self.folder)
         finally:
+            self.storage.pause(still=False)
             for machine in running:
                 machine.resume()
 
@@ -243,7 +267,7 @@ class Cluster:
 
     def logs(self) -> str:
         """Return what a failed test's report needs: consoles, and the daemons' logs where a guest still answers."""
-        parts = []
+        parts = [self.storage.logs()] if self.storage is not None else []
         for node in self.nodes.values():
             parts.append(node.machine.logs())
             if node.machine.on and not node.machine.paused:
@@ -260,6 +284,16 @@ class Cluster:
         if self.storage is not None:
             self.storage.close()
         self.space.close()
+
+
+def wait(condition: Callable[[], object], seconds: float, what: str, logs: Callable[[], str]) -> float:
+    """Wait until something holds; return how long it took. AssertionError, with *logs*, where it does not."""
+    began = time.monotonic()
+    while not condition():
+        if time.monotonic() - began > seconds:
+            raise AssertionError(f"not within {seconds:.0f} s: {what}\n{logs()}")
+        time.sleep(0.5)
+    return time.monotonic() - began
 
 
 def scratch() -> Path:

@@ -1,5 +1,6 @@
 """What every guest starts from, read-only: kernel, initramfs, and an image of the checkout and Python's library."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -21,7 +22,7 @@ _LIBRARY_LEFT_OUT = (
     "config-*",
     "*.a",
 )
-_PARTS = ("proto", "mxfsd", "mxfs_fuse", "systemd", "tests", "pyproject.toml")
+_PARTS = ("proto", "typing", "mxfsd", "mxfs_fuse", "systemd", "tests", "pyproject.toml")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,22 +32,28 @@ class Boot:
     kernel: Path
     initramfs: Path
     image: Path
+    modules: Path
+    """The folder of the kernel's modules, on this machine."""
     python: str
     """Where the image's copy of Python's library belongs in a guest."""
 
 
 def kernels() -> list[Path]:
-    """Return the installed kernels whose modules are there too, the newest last."""
+    """Return the kernels whose modules are there too, the newest last.
+
+    The installed ones; with MXFS_VM_KERNEL=FOLDER those that are unpacked there (`scripts/backports-kernel`).
+    """
 
     def order(path: Path) -> list[int]:
         return [int(number) for number in re.findall(r"\d+", path.name)]
 
-    found = [path for path in Path("/boot").glob("vmlinuz-*") if (_modules(path) / "modules.dep").exists()]
+    folder = Path(os.environ.get("MXFS_VM_KERNEL") or "/") / "boot"
+    found = [path for path in folder.glob("vmlinuz-*") if (_modules(path) / "modules.dep").exists()]
     return sorted(found, key=order)
 
 
 def _modules(kernel: Path) -> Path:
-    return Path("/lib/modules") / kernel.name.removeprefix("vmlinuz-")
+    return kernel.parent.parent / "lib/modules" / kernel.name.removeprefix("vmlinuz-")
 
 
 def prepare(folder: Path) -> Boot:
@@ -59,7 +66,7 @@ def prepare(folder: Path) -> Boot:
     library = sysconfig.get_path("stdlib")
     image = folder / "guest.ext4"
     _make_image(folder / "staging", image, Path(library))
-    return Boot(kernel, initramfs, image, library)
+    return Boot(kernel, initramfs, image, _modules(kernel), library)
 
 
 def _make_image(staging: Path, image: Path, library: Path) -> None:
@@ -74,6 +81,7 @@ def _make_image(staging: Path, image: Path, library: Path) -> None:
     shutil.copytree(
         Path(sys.prefix), checkout / ".venv", symlinks=True, ignore=shutil.ignore_patterns(*_LEFT_OUT, "include")
     )
+    _install_plainly(checkout / ".venv")
     shutil.copytree(library, staging / "python", symlinks=True, ignore=shutil.ignore_patterns(*_LIBRARY_LEFT_OUT))
     # A guest imports many modules, slowly: none of them is to be compiled there, where the image is read-only.
     folders = [checkout / name for name in ("proto", "mxfsd", "mxfs_fuse")]
@@ -83,6 +91,14 @@ def _make_image(staging: Path, image: Path, library: Path) -> None:
         file.truncate(size * 3 // 2 + (64 << 20))
     _run(["mke2fs", "-q", "-t", "ext4", "-m", "0", "-O", "^has_journal", "-d", str(staging), str(image)])
     shutil.rmtree(staging)
+
+
+def _install_plainly(environment: Path) -> None:
+    """Have the copy of an editable install name its folders: its finder is Python that every command waits for."""
+    (packages,) = environment.glob("lib/python*/site-packages")
+    for pth in packages.glob("*.pth"):
+        pth.unlink()
+    (packages / "mxfs.pth").write_text(f"{CHECKOUT}\n{CHECKOUT}/typing\n")
 
 
 def _run(argv: list[str]) -> None:

@@ -38,8 +38,7 @@ class Relay:
         self._target_port = target_port
         self._orders = itertools.count()
         self._selector = selectors.DefaultSelector()
-        self._listener = space.call(lambda: socket.create_server((HOST, 0)))
-        self._listener.setblocking(False)
+        self._listener: socket.socket | None = space.call(lambda: _server(0))
         self.port = int(self._listener.getsockname()[1])
         self._waker, self._wake = socket.socketpair()
         self._selector.register(self._listener, selectors.EVENT_READ)
@@ -49,7 +48,11 @@ class Relay:
         self._thread: threading.Thread = space.thread(self._serve)
 
     def cut(self) -> None:
-        """End all connections, and refuse new ones until ``restore``."""
+        """End all connections, and refuse new ones until ``restore``.
+
+        Refused, not taken and closed: iscsid whose connection ends in the middle of a login binds the next ones in
+        vain until the session's time is over (open-iscsi, issue 387).
+        """
         self._cut = True
         self._wake.send(b"x")
 
@@ -79,6 +82,7 @@ class Relay:
                     self._accept()
                 elif key.fileobj in self._sides:
                     self._receive(self._sides[key.fileobj])
+            self._listen(not self._cut)
             if self._cut:
                 for side in list(self._sides.values()):
                     self._drop(side)
@@ -87,7 +91,7 @@ class Relay:
                     self._deliver(side)
         for side in list(self._sides.values()):
             self._drop(side)
-        self._listener.close()
+        self._listen(False)
         self._waker.close()
         self._wake.close()
         self._selector.close()
@@ -98,12 +102,19 @@ class Relay:
         due = [side.waiting[0][0] for side in self._sides.values() if side.waiting]
         return max(0.0, min(due) - time.monotonic()) if due else None
 
+    def _listen(self, wanted: bool) -> None:
+        if wanted and self._listener is None:
+            self._listener = _server(self.port)
+            self._selector.register(self._listener, selectors.EVENT_READ)
+        elif not wanted and self._listener is not None:
+            self._selector.unregister(self._listener)
+            self._listener.close()
+            self._listener = None
+
     def _accept(self) -> None:
+        assert self._listener is not None
         with suppress(OSError):
             client, _ = self._listener.accept()
-            if self._cut:
-                client.close()
-                return
             try:
                 server = socket.create_connection((HOST, self._target_port), 5)
             except OSError:
@@ -153,3 +164,9 @@ class Relay:
                 with suppress(KeyError):
                     self._selector.unregister(one.socket)
                 one.socket.close()
+
+
+def _server(port: int) -> socket.socket:
+    listener = socket.create_server((HOST, port))
+    listener.setblocking(False)
+    return listener

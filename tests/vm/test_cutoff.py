@@ -41,7 +41,7 @@ def is_out(cluster: Cluster, node: Node, writer: Command) -> None:
     """See that a node's writer was told, that the node says why, and that it takes part again when it mounts again."""
     done = writer.wait(LIMIT_S)
     assert done.code == 1, f"{node.name}: the writer ended with {done.code}: {done.err}"
-    cluster.note(f"{node.name}, put out: its writer got {done.err.strip().rpartition(': ')[2]}")
+    cluster.note(f"{node.name}, put out: its writer got {done.err.strip().partition(': ')[2]}")
     cluster.wait(lambda: not node.mounted, 60.0, f"the mount of {node.name} is dead")
     assert node.logged("this node is out", "the mount is dead", "lower mount was shut down"), node.log()
 

@@ -1,14 +1,17 @@
 """Runs in a guest: executes the commands that come over a virtio-serial port, any number at once.
 
 A line each way is a JSON object. In: ``{"id": N, "argv": [...], "stdin": BASE64, "timeout": S}``, or ``{"id": N,
-"signal": S}`` for the process group of an earlier command. Out: ``{"id": N, "fd": 1|2, "data": BASE64}`` as output
-comes, then ``{"id": N, "code": C}``, where C is the exit code, or minus the signal. ``{"ready": true}`` comes first.
+"signal": S}`` for the process group of an earlier command, or ``{"id": N, "ask": CMD}`` for what the daemons here
+answer to a request at their control sockets, a line each: a look for which no Python has to start. Out: ``{"id": N,
+"fd": 1|2, "data": BASE64}`` as output comes, then ``{"id": N, "code": C}``, where C is the exit code, or minus the
+signal. ``{"ready": true}`` comes first.
 """
 
 import base64
 import json
 import os
 import signal
+import socket
 import subprocess
 import threading
 from pathlib import Path
@@ -16,6 +19,8 @@ from typing import BinaryIO
 
 PORT_NAME = "mxfs.agent"
 CHUNK = 65536
+CONTROL = "*/control.sock"
+ASK_S = 10.0
 
 
 def port() -> str:
@@ -62,7 +67,24 @@ class Agent:
             if running is not None:
                 self._signal(running, request["signal"])
             return
-        threading.Thread(target=self._run, args=(number, request), daemon=True).start()
+        act = self._ask if "ask" in request else self._run
+        threading.Thread(target=act, args=(number, request), daemon=True).start()
+
+    def _ask(self, number: int, request: dict) -> None:
+        code = 1
+        for path in Path("/run/mxfs").glob(CONTROL):
+            try:
+                with socket.socket(socket.AF_UNIX) as control:
+                    control.settimeout(ASK_S)
+                    control.connect(str(path))
+                    control.sendall(json.dumps({"cmd": request["ask"]}).encode() + b"\n")
+                    answer = control.makefile("rb").readline()
+            except OSError as error:
+                self.say(id=number, fd=2, data=base64.b64encode(f"{path}: {error}\n".encode()).decode())
+                continue
+            self.say(id=number, fd=1, data=base64.b64encode(answer).decode())
+            code = 0
+        self.say(id=number, code=code)
 
     def _run(self, number: int, request: dict) -> None:
         try:

@@ -1,14 +1,17 @@
 """Runs in a guest: a program that writes files and says which are safe, and one that looks whether they are there.
 
 ``load.py write DIR TAG`` makes DIR/TAG-0, TAG-1, ... each written and fsynced, and prints its number when fsync has
-said that it is durable; it ends with exit code 0 when told to (SIGTERM), with 1 and the error when there is one.
-``load.py check DIR TAG COUNT`` prints what is wrong with the first COUNT of them.
+said that it is durable; some a second, since the tests need the processors too. It ends with exit code 0 when told to
+(SIGTERM), with 1 and the error when there is one. ``load.py check DIR TAG COUNT`` prints what is wrong with the first
+COUNT of them.
 """
 
 import os
 import signal
 import sys
 import time
+
+PACE_S = 0.1
 
 
 def content(tag: str, number: int) -> bytes:
@@ -33,6 +36,7 @@ def write(folder: str, tag: str) -> None:
             sys.exit(1)
         print(number, flush=True)
         number += 1
+        time.sleep(PACE_S)
 
 
 def check(folder: str, tag: str, count: int) -> None:
