@@ -1,1 +1,1 @@
-"""The benchmark: the same work on native XFS, pyfuse3's passthroughfs, an MXFS home and another MXFS node."""
+"""The benchmark: the same work on native XFS, passthroughfs, MXFS homes with and without passthrough, an MXFS node."""

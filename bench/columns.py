@@ -1,4 +1,4 @@
-"""The four file systems that are measured, set up side by side on images in one folder."""
+"""The file systems that are measured, set up side by side on images in one folder."""
 
 import contextlib
 import json
@@ -60,7 +60,7 @@ def passthroughfs(cache: Path) -> Path:
     if not script.exists():
         cache.mkdir(parents=True, exist_ok=True)
         wanted = name.replace("-", "==")
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-binary", ":all:", "--no-deps"]
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-binary", "pyfuse3", "--no-deps"]
         command([*pip, "--dest", cache, wanted])
         shutil.unpack_archive(cache / f"{name}.tar.gz", cache, filter="data")
     return script
@@ -109,10 +109,12 @@ def passthrough_mount(script: Path, source: Path, mountpoint: Path) -> Iterator[
 
 
 @contextlib.contextmanager
-def lab(folder: Path, size: str) -> Iterator[Path]:
-    """A lab of two nodes; its end checks the volume with xfs_repair -n."""
-    lab_command("up", folder, "--nodes", "2", "--size", size)
+def lab(folder: Path, size: str, *more: str) -> Iterator[Path]:
+    """A lab of two nodes whose home is n1; its end checks the volume with xfs_repair -n."""
+    lab_command("up", folder, "--nodes", "2", "--size", size, *more)
     try:
+        if json.loads(lab_command("status", folder, "--json"))["home"] != "n1":
+            lab_command("move-home", folder, "n1")
         yield folder
     finally:
         lab_command("down", folder)
@@ -136,9 +138,6 @@ def everything(cache: Path, size: str, with_lab: bool) -> Iterator[Setup]:
         cluster = None
         if with_lab:
             cluster = stack.enter_context(lab(base / "lab", size))
-            status = json.loads(lab_command("status", cluster, "--json"))
-            if status["home"] != "n1":
-                lab_command("move-home", cluster, "n1")
             home, other = cluster / "n1", cluster / "n2"
         else:
             home = other = native / "stand-in"
@@ -148,6 +147,12 @@ def everything(cache: Path, size: str, with_lab: bool) -> Iterator[Setup]:
             Column("home", f"{kind} home", home, other),
             Column("node", f"{kind} node", other, home),
         ]
+        if with_lab:
+            # (One node's paths: its file locks are those of each node alone.)
+            second = stack.enter_context(lab(base / "pyfuse3", size, "-o", "channel=pyfuse3,localflocks"))
+            columns.append(Column("pyfuse3", "home, pyfuse3", second / "n1", second / "n1"))
+            served = stack.enter_context(lab(base / "served", size, "-o", "passthrough"))
+            columns.append(Column("kernel", "MXFS kernel", served / "n1", served / "n2"))
         yield Setup(tuple(columns), cluster)
 
 

@@ -10,6 +10,7 @@ import json
 import os
 import random
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable
 
@@ -153,10 +154,17 @@ def data(folder: str, mib: int, randoms: int, repeats: int) -> dict[str, float]:
         for _ in range(repeats):
             os.pread(fd, BLOCK, 0)
 
+    def flocks() -> None:
+        for _ in range(repeats // 4):
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            fcntl.flock(fd, fcntl.LOCK_UN)
+
     fstats()
     reads()
+    flocks()
     out["fstat, open file"] = rate(repeats, fstats)
     out["read 4 KiB, open file"] = rate(repeats, reads)
+    out["flock+unlock"] = rate(repeats // 4, flocks)
     os.close(fd)
     os.unlink(path)
     os.rmdir(folder)
@@ -169,9 +177,10 @@ def hand_over(mine: str, theirs: str, turns: int) -> dict[str, list[float]]:
     *data*: a turn opens the file on the node whose turn it is, reads the byte the other wrote (RuntimeError when it is
     not that byte), writes the next and closes. *attributes*: chmod on one node, then stat on the other shows it.
     *names*: create on one node, then stat on the other finds it. *locks*: flock and unlock, on alternating nodes.
+    *to waiter*: from an unlock to the moment in which the other node's process, that waits in flock, has the lock.
     """
     os.mkdir(mine)
-    rows = ("hand-over data", "hand-over attributes", "hand-over names", "hand-over locks")
+    rows = ("hand-over data", "hand-over attributes", "hand-over names", "hand-over locks", "hand-over to waiter")
     out: dict[str, list[float]] = {row: [] for row in rows}
     paths = (f"{mine}/byte", f"{theirs}/byte")
     _create(paths[0])
@@ -202,12 +211,35 @@ def hand_over(mine: str, theirs: str, turns: int) -> dict[str, list[float]]:
         fcntl.flock(fds[turn % 2], fcntl.LOCK_EX)
         fcntl.flock(fds[turn % 2], fcntl.LOCK_UN)
         out["hand-over locks"].append((time.perf_counter() - begun) * 1e3)
+    for turn in range(turns):
+        out["hand-over to waiter"].append(_to_waiter(fds[turn % 2], fds[1 - turn % 2]))
     for fd in fds:
         os.close(fd)
     for name in os.listdir(mine):
         os.unlink(f"{mine}/{name}")
     os.rmdir(mine)
     return out
+
+
+def _to_waiter(mine: int, theirs: int) -> float:
+    """Give a flock to who waits for it; milliseconds from the unlock on."""
+    got: list[float] = []
+
+    def wait() -> None:
+        fcntl.flock(theirs, fcntl.LOCK_EX)
+        got.append(time.perf_counter())
+        fcntl.flock(theirs, fcntl.LOCK_UN)
+
+    fcntl.flock(mine, fcntl.LOCK_EX)
+    waiter = threading.Thread(target=wait)
+    waiter.start()
+    time.sleep(0.01)  # it is in the kernel, and its question at the home, long before
+    if got:
+        raise RuntimeError("two nodes have one lock")
+    begun = time.perf_counter()
+    fcntl.flock(mine, fcntl.LOCK_UN)
+    waiter.join()
+    return (got[0] - begun) * 1e3
 
 
 def populate(folders: list[str], files: int) -> None:

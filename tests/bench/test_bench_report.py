@@ -25,6 +25,15 @@ def test_every_row_has_the_targets_of_its_class() -> None:
     assert wanted["fstat, open file"] == {"home": 0.8, "node": 0.8}
 
 
+def test_the_kernels_own_speed_is_compared_with_native() -> None:
+    figures = made_up()
+    figures.rates["kernel"] = {row: [79.0, 81.0, 82.0] for row in ROWS}
+    assert figures.row_targets("rand write 4 KiB")["kernel"].met
+    assert "kernel" not in figures.row_targets("create")
+    figures.rates["kernel"]["rand write 4 KiB"] = [79.0]
+    assert not figures.row_targets("rand write 4 KiB")["kernel"].met
+
+
 def test_verdicts_say_which_side_was_missed() -> None:
     figures = made_up(home=79.0, node=30.0)
     assert not figures.row_targets("create")["home"].met
