@@ -71,6 +71,11 @@ class Target:
         self._adm("--op", "new", *unit, "-b", str(self.image))
         self._adm("--op", "bind", "--mode", "target", "--tid", "1", "-I", "ALL")
 
+    def protect(self, user: str, secret: str) -> None:
+        """From now on let only those log in who know the secret (CHAP). Raises IoFailure."""
+        self._adm("--op", "new", "--mode", "account", "--user", user, "--password", secret)
+        self._adm("--op", "bind", "--mode", "account", "--tid", "1", "--user", user)
+
     def kill(self) -> None:
         """End tgtd at once, as a loss of power would: what was registered is gone."""
         if self.process is not None:

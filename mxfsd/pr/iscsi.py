@@ -89,6 +89,7 @@ def _library() -> Any:
         ("iscsi_create_context", pointer, [text]),
         ("iscsi_destroy_context", number, [pointer]),
         ("iscsi_set_targetname", number, [pointer, text]),
+        ("iscsi_set_initiator_username_pwd", number, [pointer, text, text]),
         ("iscsi_set_session_type", number, [pointer, number]),
         ("iscsi_set_header_digest", number, [pointer, number]),
         ("iscsi_set_isid_random", number, [pointer, ctypes.c_uint32, ctypes.c_uint32]),
@@ -147,7 +148,15 @@ class _Broken(PathFailure):
 class _Session:
     """One login. A context of libiscsi and the loop that runs it until a call has its answer."""
 
-    def __init__(self, url: IscsiUrl, name: str, initiator: str, isid: int, timeout_ms: int) -> None:
+    def __init__(
+        self,
+        url: IscsiUrl,
+        name: str,
+        initiator: str,
+        isid: int,
+        credentials: tuple[str, str] | None,
+        timeout_ms: int,
+    ) -> None:
         self._lib = _library()
         self._name = name
         self._lun = url.lun
@@ -162,6 +171,8 @@ class _Session:
         self._context: int | None = context
         lib = self._lib
         lib.iscsi_set_targetname(context, url.target.encode())
+        if credentials is not None:
+            lib.iscsi_set_initiator_username_pwd(context, credentials[0].encode(), credentials[1].encode())
         lib.iscsi_set_session_type(context, _SESSION_NORMAL)
         lib.iscsi_set_header_digest(context, _NO_DIGEST_FIRST)
         lib.iscsi_set_isid_random(context, isid & 0xFFFFFF, 0)
@@ -283,19 +294,29 @@ class Iscsi:
     """
 
     def __init__(
-        self, url: str, *, initiator: str | None = None, isid: int | None = None, timeout_ms: int = TIMEOUT_MS
+        self,
+        url: str,
+        *,
+        initiator: str | None = None,
+        isid: int | None = None,
+        credentials: tuple[str, str] | None = None,
+        timeout_ms: int = TIMEOUT_MS,
     ) -> None:
-        """Log in to the target. *isid* (24 bits) random by default. Raises MisuseError, PathFailure, NotOffered."""
+        """Log in to the target. *isid* (24 bits) random by default; *credentials*: name and secret for CHAP.
+
+        Raises MisuseError, PathFailure, NotOffered.
+        """
         self.name = url
         self._url = IscsiUrl.parse(url)
         self._initiator = initiator or DEFAULT_INITIATOR
         self._isid = secrets.randbits(24) if isid is None else isid
+        self._credentials = credentials
         self._timeout_ms = timeout_ms
         self._session: _Session | None = self._login()
         self._block: int | None = None
 
     def _login(self) -> _Session:
-        return _Session(self._url, self.name, self._initiator, self._isid, self._timeout_ms)
+        return _Session(self._url, self.name, self._initiator, self._isid, self._credentials, self._timeout_ms)
 
     def _live(self) -> _Session:
         if self._session is None:
@@ -336,7 +357,7 @@ class Iscsi:
 
     def spare(self) -> "Iscsi":
         """See ``Transport``: a session of its own, so under another ISID."""
-        return Iscsi(self.name, initiator=self._initiator, timeout_ms=self._timeout_ms)
+        return Iscsi(self.name, initiator=self._initiator, credentials=self._credentials, timeout_ms=self._timeout_ms)
 
     def close(self) -> None:
         """Log out; more than once is allowed."""

@@ -92,7 +92,7 @@ def _open_device(device: str, timeout_ms: int, sysfs: Path) -> tuple[list[Nexus]
     if name.startswith("nvme"):
         return [BlockNexus(device)], "nvme"
     if not (folder / "dm").exists():
-        return [ScsiNexus(SgIo(device, timeout_ms=timeout_ms))], "sg"
+        return [ScsiNexus(SgIo(device, timeout_ms=timeout_ms, sysfs=folder))], "sg"
     uuid = _text(folder / "dm/uuid")
     if not uuid.startswith("mpath-"):
         raise _NoReservations(f"{device} is a device-mapper device and no multipath one")
@@ -102,7 +102,8 @@ def _open_device(device: str, timeout_ms: int, sysfs: Path) -> tuple[list[Nexus]
     paths: list[Nexus] = []
     try:
         for slave in slaves:
-            paths.append(ScsiNexus(SgIo(f"/dev/{slave}", timeout_ms=timeout_ms)))
+            below = (folder / "slaves" / slave).resolve()
+            paths.append(ScsiNexus(SgIo(f"/dev/{slave}", timeout_ms=timeout_ms, sysfs=below)))
     except BaseException:
         for path in paths:
             path.close()

@@ -10,9 +10,12 @@ import fcntl
 import os
 import struct
 from collections.abc import Callable
+from pathlib import Path
 
 from mxfs_proto.errors import MisuseError
 from mxfsd.pr.errors import NotOffered, PathFailure, ReservationError
+from mxfsd.pr.iscsi import Iscsi
+from mxfsd.pr.kernelsession import open_beside
 from mxfsd.pr.scsi import GOOD, command_name, raise_status
 
 SG_IO = 0x2285
@@ -58,11 +61,13 @@ class SgIo:
         *,
         timeout_ms: int = TIMEOUT_MS,
         ioctl: Callable[[int, int, bytearray], int] = fcntl.ioctl,
+        sysfs: Path | None = None,
     ) -> None:
-        """Open *path*. Raises ReservationError with the errno of open(2)."""
+        """Open *path*, whose folder in sysfs is *sysfs*. Raises ReservationError with the errno of open(2)."""
         self.name = path
         self._timeout_ms = timeout_ms
         self._ioctl = ioctl
+        self._sysfs = sysfs
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
@@ -100,8 +105,9 @@ class SgIo:
         """See ``Transport``."""
         self._call(SG_SCSI_RESET, bytearray(struct.pack("=i", RESET_DEVICE_NO_ESCALATE)), "LOGICAL UNIT RESET")
 
-    def spare(self) -> None:
-        """See ``Transport``: the kernel has one nexus for this device."""
+    def spare(self) -> Iscsi | None:
+        """See ``Transport``: the kernel has one nexus for this device; where that is one of iSCSI, log in beside it."""
+        return None if self._sysfs is None else open_beside(self._sysfs, self._timeout_ms)
 
     def close(self) -> None:
         """Close the device; more than once is allowed."""

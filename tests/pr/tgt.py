@@ -53,6 +53,10 @@ class Tgt:
         """Start tgtd and define the target; return when it can be logged in to."""
         self._target.start()
 
+    def protect(self, user: str, secret: str) -> None:
+        """From now on let only those log in who know the secret (CHAP)."""
+        self._target.protect(user, secret)
+
     def kill(self) -> None:
         """End tgtd at once, as a loss of power would: what it had registered is gone."""
         self._target.kill()

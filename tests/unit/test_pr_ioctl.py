@@ -408,9 +408,10 @@ class FakeDevice:
         self.opened: list[str] = []
         self.target = FakeTarget()
 
-    def sg(self, path: str, *, timeout_ms: int) -> SgIo:
+    def sg(self, path: str, *, timeout_ms: int, sysfs: Path) -> SgIo:
         self.opened.append(path)
-        return SgIo("/dev/null", timeout_ms=timeout_ms, ioctl=ScsiKernel(self.target, path))
+        assert sysfs.name == path.removeprefix("/dev/")
+        return SgIo("/dev/null", timeout_ms=timeout_ms, ioctl=ScsiKernel(self.target, path), sysfs=sysfs)
 
     def block(self, path: str) -> BlockNexus:
         self.opened.append(path)
@@ -480,7 +481,7 @@ def test_a_scsi_disk_without_reservations(monkeypatch: pytest.MonkeyPatch, tmp_p
         ctypes.memmove(SgHeader.from_buffer(argument).sbp, raw, len(raw))
         return 0
 
-    monkeypatch.setattr(probe, "SgIo", lambda _path, timeout_ms: SgIo("/dev/null", timeout_ms=timeout_ms, ioctl=refuse))
+    monkeypatch.setattr(probe, "SgIo", lambda _path, **_: SgIo("/dev/null", ioctl=refuse))
     if sense.startswith("02"):
         with pytest.raises(CheckCondition, match="manual intervention required"):
             probe.open_reservations("/dev/sdb", sysfs=disk.sysfs)
@@ -508,7 +509,7 @@ def test_what_is_no_such_disk_says_so(
         (disk.folder / "dm").mkdir()
         (disk.folder / "dm/uuid").write_text("mpath-3600140\n")
         (disk.folder / "slaves/vdb").mkdir(parents=True)
-    monkeypatch.setattr(probe, "SgIo", lambda path, timeout_ms: SgIo("/dev/null", ioctl=failing(code)))
+    monkeypatch.setattr(probe, "SgIo", lambda path, **_: SgIo("/dev/null", ioctl=failing(code)))
     monkeypatch.setattr(probe, "BlockNexus", lambda path: BlockNexus("/dev/null", ioctl=failing(code)))
     found = probe.open_reservations(f"/dev/{name}", sysfs=disk.sysfs)
     assert found.reservations is None
@@ -519,7 +520,7 @@ def test_what_is_no_such_disk_says_so(
 def test_what_may_pass_is_no_reason_to_go_without(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: int) -> None:
     disk = fake(monkeypatch, tmp_path, "sdb")
     opened = SgIo("/dev/null", ioctl=failing(code))
-    monkeypatch.setattr(probe, "SgIo", lambda _path, timeout_ms: opened)
+    monkeypatch.setattr(probe, "SgIo", lambda _path, **_: opened)
     with pytest.raises(ReservationError):
         probe.open_reservations("/dev/sdb", sysfs=disk.sysfs)
     with pytest.raises(MisuseError, match="closed"):

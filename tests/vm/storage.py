@@ -18,6 +18,7 @@ from netspace import NetSpace
 
 from mxfsd.lab import target
 from mxfsd.lab.target import Target
+from mxfsd.pr.iscsi import Iscsi
 
 HOST, PORT = "127.0.0.1", 3260
 NAME = target.NAME
@@ -139,6 +140,7 @@ class Storage:
         self.image = _sparse(folder / "disk.img", size)
         # The path of a Unix socket is short.
         self._sockets = tempfile.mkdtemp(prefix="mxfs-vm-")
+        self._space = space
         self._target = Target(self.image, Path(self._sockets), HOST, PORT, prefix=space.prefix())
         try:
             self._target.start()
@@ -155,6 +157,11 @@ class Storage:
         self._target.kill()
         self._target.start()
         return time.monotonic() - began
+
+    def strangers(self) -> list[Iscsi]:
+        """Log in under names as long as a registration: tgtd puts them where it had those of fenced nodes."""
+        at = target.url(HOST, PORT)
+        return self._space.call(lambda: [Iscsi(at, initiator=initiator("x" * 18)) for _ in range(20)])
 
     def pause(self, *, still: bool) -> None:
         """See SharedDisk: it has nothing to do once no node asks for anything."""

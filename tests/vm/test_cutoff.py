@@ -3,6 +3,7 @@
 import pytest
 from channel import Command
 from cluster import DEVICE, MOUNTPOINT, Cluster, Node
+from storage import Storage
 
 pytestmark = pytest.mark.timeout(420)
 
@@ -47,7 +48,10 @@ def is_out(cluster: Cluster, node: Node, writer: Command) -> None:
 
 
 def test_a_home_that_stood_still_is_refused_by_the_disk(cluster: Cluster) -> None:
-    """Its clocks stood still too: it cannot know that it is not the home any more. The reservation does."""
+    """Its clocks stood still too: it cannot know that it is not the home any more. The reservation does.
+
+    It had joined first, so tgtd kept the reservation with its registration, which is gone when it is fenced.
+    """
     home, *others = cluster.heal("n1", "n2", "n3")
     started = writers(cluster, [home, *others], "paused")
     old = home.must("dmesg | wc -l")
@@ -56,6 +60,12 @@ def test_a_home_that_stood_still_is_refused_by_the_disk(cluster: Cluster) -> Non
     new = cluster.home(others)
     assert new in others
     assert len(cluster.keys(new)) == 2
+    assert isinstance(cluster.storage, Storage)
+    strangers = cluster.storage.strangers()
+    assert "type: Exclusive Access, all registrants" in cluster.reservation(new)
+    go_on(cluster, started, others, "strangers at the target")
+    for stranger in strangers:
+        stranger.close()
     home.machine.resume()
     is_out(cluster, home, started[home])
     assert "reservation conflict" in home.must(f"dmesg | tail -n +{old.strip()}")
