@@ -462,6 +462,7 @@ class Server:
             state.close_gate()
         readable = [node for node in state.nodes.values() if state.locks.may_be_readable(node)]
         state.locks.cache.drop_all()
+        state.losses += 1
         self._drop_pages(readable)
         for node in state.nodes.values():
             node.forget_cached()

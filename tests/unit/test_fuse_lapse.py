@@ -42,6 +42,7 @@ class Lapse:
             open_gate=lambda: setattr(self, "gate", "open"),
             lease_until_ms=0,
             lease_margin_ms=0,
+            losses=0,
         )
         server: Any = Server.__new__(Server)
         server.state, server._listed = self.state, CacheList()
@@ -94,6 +95,12 @@ async def test_what_was_readable_is_dropped_when_the_lease_ends_and_said_only_th
     lapse.state.lease_until_ms = now_ms() + 60_000
     lapse.server._maybe_reopen()
     assert lapse.gate == "open" and not lapse.dropped
+
+
+async def test_what_was_read_before_is_not_current_under_a_lock_that_is_held_again(lapse: Lapse) -> None:
+    """A listing, or an open that waits: each looks whether locks were lost since it began."""
+    lapse.server._lease_ends()
+    assert lapse.state.losses == 1
 
 
 async def test_a_drop_that_failed_is_none(lapse: Lapse) -> None:
