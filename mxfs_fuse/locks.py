@@ -3,8 +3,9 @@
 import asyncio
 import errno
 import os
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Protocol
 
 import structlog
@@ -168,7 +169,8 @@ class LockClient:
         if self._on_file_lock(record):
             return
         if isinstance(record, LockGrant):
-            self.run(self.cache.on_grant(now, record.req_id, record.ino, record.mode, record.seq, record.flags))
+            with self.granting(record.ino, carries=LockFlag.RECLAIM not in record.flags):
+                self.run(self.cache.on_grant(now, record.req_id, record.ino, record.mode, record.seq, record.flags))
         elif isinstance(record, LockBast):
             self.basts += 1
             node = self._nodes.get(record.ino)
@@ -184,6 +186,16 @@ class LockClient:
             if record.req_id == 0:
                 self.claim_denied(record.ino)
             self.run(self.cache.on_deny(now, record.req_id, record.ino, record.errno))
+
+    @contextmanager
+    def granting(self, ino: int, *, carries: bool = True) -> Iterator[None]:
+        """A grant is taken: what is known under a lock that is held before and after stays known, for nobody else has
+        changed the inode meanwhile. Not where it *carries* nothing: the next home may have been sent writes anew."""
+        node = self._nodes.get(ino)
+        before = self.seq(ino) if node is not None and self.mode(ino) >= LockMode.PR else -1
+        yield
+        if node is not None and carries and before >= 0 and self.mode(ino) >= LockMode.PR:
+            node.granted_again(before, self.seq(ino))
 
     def _on_file_lock(self, record: Record) -> bool:
         """Take a record about a resource that stands for file locks. False: it is the lock cache's."""
@@ -433,8 +445,9 @@ class LockClient:
 
     def _drop_attributes(self, ino: int) -> None:
         if self.kernel is not None:
-            if self.kernel.has_epoch:
-                self.kernel.inc_epoch()
+            node = self._nodes.get(ino)
+            if self.kernel.has_epoch and (node is None or node.is_dir):
+                self.kernel.inc_epoch()  # every name in the mount goes, so not for what has none in it
             _check(self.kernel.inval_attributes(self._nodeid_of(ino)))
 
     def _invalidate_ranges(self, ino: int, ranges: list[tuple[int, int]]) -> None:

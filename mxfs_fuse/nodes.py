@@ -71,6 +71,7 @@ class Node:
         "changes",
         "confirmed",
         "fid",
+        "is_dir",
         "nlookup",
         "opens_r",
         "opens_w",
@@ -127,6 +128,8 @@ class Node:
         self.confirmed = False
         """The kernel has named this inode in a request, so that it has one that an invalidation finds. Before that, the
         attributes of a lookup's reply might be put into an inode made after the invalidation: they get no timeout."""
+        self.is_dir = True
+        """So it is taken for, until a reply that names it says what it is: names are kept under its lock."""
         self._attr: bytes | None = None  # packed, it takes a third of the memory
         self.attr_seq = -1
         """Grant sequence of the PR (or stronger) lock that ``attr`` was read under."""
@@ -241,6 +244,16 @@ class Node:
         """All its pages were dropped just now: none is left that a READ since then has filled."""
         self.expect_old_write()
         self.refilled = False
+
+    def granted_again(self, old: int, new: int) -> None:
+        """The lock that was held all the time has another grant sequence: what is known under it stays known."""
+        if self.attr_seq == old:
+            self.attr_seq = new
+        if self.__dict__:
+            if self.names_seq == old:
+                self.names_seq = new
+            if self.no_capability_seq == old:
+                self.no_capability_seq = new
 
     def forget_cached(self) -> None:
         """Drop what was read under a lock that is no longer held."""

@@ -118,6 +118,7 @@ class Operations(pyfuse3.Operations):
         state = self.state
         node = state.known(Fid(attr[0], attr[1]))
         node.nlookup += 1
+        node.is_dir = stat.S_ISDIR(attr[2])
         if attr[2] & _PRIVILEGED:
             node.privileged = True
         ttl = state.ttl()
@@ -807,7 +808,9 @@ class Operations(pyfuse3.Operations):
                 return
             named = node.names.get(name) if node.names is not None else None
             fid = Fid(attr.ino, attr.gen)
-            state.known(named if named == fid else fid).nlookup += 1
+            listed = state.known(named if named == fid else fid)
+            listed.nlookup += 1
+            listed.is_dir = stat.S_ISDIR(attr.mode)
 
     def _listed_attr(self, attr: Attr) -> tuple[Attr, bool]:
         """Attributes for a listed entry, and whether they are under a lock: those of the listing may be old by now."""

