@@ -8,6 +8,7 @@ import asyncio
 import errno
 import itertools
 import os
+from contextlib import suppress
 from typing import TypeAlias, cast
 
 from pyfuse3 import FileHandleT, FileInfo
@@ -20,7 +21,7 @@ from mxfs_fuse.state import State
 from mxfs_fuse.writes import ShippedWrites
 from mxfs_proto.lockflags import LockFlag
 from mxfs_proto.modes import LockMode
-from mxfs_proto.ops import Op
+from mxfs_proto.ops import Grant, Op
 from mxfsd.io.lower import kill_priv
 
 Way: TypeAlias = tuple[PassthroughFile | None, bool]
@@ -29,6 +30,7 @@ _PR = LockMode.PR
 _PW = LockMode.PW
 _EX = LockMode.EX
 _OPEN = LockFlag.OPEN | LockFlag.ALT_UNCACHED
+CAPABILITY = b"security.capability"
 _LOWER_FLAGS = os.O_APPEND | os.O_NOATIME
 
 
@@ -82,11 +84,16 @@ class FileIO:
             if not cached:
                 node.registered = node.opens
                 known, losses = state.may_read(ino), state.losses
+                asked = [asyncio.ensure_future(self._expect_write(node))] if coming and known else []
                 got = await state.locks.want(ino, wanted, _OPEN, node.opens)
                 cached = got >= wanted
                 if state.lower is None and not (known and state.losses == losses):
                     # Without a lock all the time: ESTALE where it was removed meanwhile.
+                    if coming and cached:
+                        asked.append(asyncio.ensure_future(self._expect_write(node)))
                     await state.link.ship(Op.GETATTR, 0, 0, node.fid)
+                if asked:
+                    await asyncio.wait(asked)
             # A lock that came may be on its way back by now; for what cannot be called back it must be held.
             firm = cached and state.locks.mode(ino) >= wanted
             handle = self._handle(node, flags, uid, writable, cached, self._passthrough(node, writable, firm))
@@ -103,6 +110,32 @@ class FileIO:
         finally:
             node.cached_writers -= coming
         return self._register(handle)
+
+    async def _expect_write(self, node: Node) -> None:
+        """Know the answer when the kernel asks for security.capability, before the first write that it caches."""
+        if self.state.lower is None:
+            with suppress(OSError):  # it asks again
+                await self.capability(node)
+
+    def made(self, node: Node, flags: int, grants: list[Grant]) -> None:
+        """A file that a shipped operation has just made, with these locks, will be opened."""
+        if not _always_direct(flags) and self.state.granted(grants, node.fid.ino):
+            node.no_capability_seq = self.state.locks.seq(node.fid.ino)
+
+    async def capability(self, node: Node) -> bytes:
+        """security.capability of a file, as the home has it: remember that there is none. Raises OSError."""
+        state = self.state
+        ino = node.fid.ino
+        held, losses = state.may_read(ino), state.losses
+        if held and node.no_capability_seq == state.locks.seq(ino):
+            raise OSError(errno.ENODATA, "not set")
+        try:
+            _, (value,) = await state.link.ship(Op.GETXATTR, 0, 0, (*node.fid, CAPABILITY))
+        except OSError as exc:
+            if exc.errno == errno.ENODATA and held and state.losses == losses and state.may_read(ino):
+                node.no_capability_seq = state.locks.seq(ino)
+            raise
+        return cast(bytes, value)
 
     async def open_new(self, node: Node, flags: int, fd: int, uid: int) -> FileInfo:
         """Open a file that this node has just created; *fd*: its lower descriptor (-1: not the home)."""

@@ -19,7 +19,7 @@ from pyfuse3 import EntryAttributes, FileHandleT, FileInfo, FUSEError, InodeT, R
 
 from mxfs_fuse.callers import caller, is_unmounting
 from mxfs_fuse.channel.replies import LibfuseReplies, Replies
-from mxfs_fuse.fileio import FileIO
+from mxfs_fuse.fileio import CAPABILITY, FileIO
 from mxfs_fuse.filelocks import FileLock, FileLocks, held_of
 from mxfs_fuse.link import OperationError
 from mxfs_fuse.loss import may_be_redone
@@ -39,7 +39,6 @@ _ANYBODY = 0
 _PRIVILEGED = stat.S_ISUID | stat.S_ISGID
 _PAGE_OF_ENTRIES = 2048
 _LEARN_AFTER = 16
-_CAPABILITY = b"security.capability"
 
 
 def _errno_boundary(operation: Callable[_P, Coroutine[Any, Any, _T]]) -> Callable[_P, Coroutine[Any, Any, _T]]:
@@ -368,26 +367,10 @@ class Operations(pyfuse3.Operations):
             await state.pass_gate()
         if state.lower is not None and state.may_read(node.fid.ino):
             return state.lower.getxattr(node.fid, name)
-        if name != _CAPABILITY:
+        if name != CAPABILITY:
             _, (value,) = await state.link.ship(Op.GETXATTR, _ANYBODY, _ANYBODY, (*node.fid, name))
             return cast(bytes, value)
-        return await self._capability(node)
-
-    async def _capability(self, node: Node) -> bytes:
-        """The kernel asks for security.capability before each write that it caches: remember that there is none."""
-        state = self.state
-        ino = node.fid.ino
-        seq = state.locks.seq(ino)
-        held = state.may_read(ino)
-        if held and node.no_capability_seq == seq:
-            raise OSError(errno.ENODATA, "not set")
-        try:
-            _, (value,) = await state.link.ship(Op.GETXATTR, _ANYBODY, _ANYBODY, (*node.fid, _CAPABILITY))
-        except OSError as exc:
-            if exc.errno == errno.ENODATA and held and seq == state.locks.seq(ino):
-                node.no_capability_seq = seq
-            raise
-        return cast(bytes, value)
+        return await self.io.capability(node)
 
     @_errno_boundary
     async def listxattr(self, inode: InodeT, ctx: RequestContext) -> Sequence[bytes]:
@@ -556,6 +539,7 @@ class Operations(pyfuse3.Operations):
             node = state.known(Fid(attr.ino, attr.gen))
             if existed:
                 return await self.io.open(node, flags, ctx.uid), entry
+            self.io.made(node, flags, grants)
             return await self.io.open_new(node, flags, -1, ctx.uid), entry
 
     @_errno_boundary
@@ -582,6 +566,7 @@ class Operations(pyfuse3.Operations):
             node = state.known(Fid(attr.ino, attr.gen))
             node.unnamed = True
             state.remember_attr(node, attr, grants, node.changes)
+            self.io.made(node, flags, grants)
             try:
                 return await self.io.open_new(node, flags, fd, ctx.uid), entry
             except OSError as exc:
