@@ -83,6 +83,8 @@ class LockMaster:
         self._queued: dict[tuple[int, int], Record] = {}
         self._lingering: dict[int, int] = {}
         self._pinned: set[int] = set()
+        self._given_up: set[int] = set()
+        """Resources whose writer gave its lock up altogether when it was called back; nobody has had one since."""
         self._seq = first_seq - 1
         self._grace = False
         self._served = False
@@ -174,6 +176,8 @@ class LockMaster:
                 out.append(Bast(node, ino, hold.seq, sent.mode, FLAGS[sent.flags]))
         else:
             if mode is _NL:
+                if sent is not None and node != self._home and COVERS[hold.mode][_PW]:
+                    self._given_up.add(ino)
                 self._take(rec, node)
             elif COVERS[hold.mode][mode]:
                 hold.mode = mode
@@ -323,6 +327,8 @@ class LockMaster:
         if rec is None or node == self._home:
             return _NL, 0
         hold = rec.hold_of(node)
+        if mode is _PR and self._writes_next(rec, node):
+            mode = _EX
         target = mode if hold is None else JOIN[hold.mode][mode]
         waiter = Waiter(node, 0, 0, target, _ALT, None, now_ms)
         if target is _NL or self._blocked(rec, waiter):
@@ -335,6 +341,15 @@ class LockMaster:
                 return _NL, 0
         self.grants += 1
         return target, self._hold(rec, node, target, now_ms).seq
+
+    def _writes_next(self, rec: Record, node: int) -> bool:
+        """Whether who reads this is taken for the next one to write it: nodes that write in turn read first, and a
+        writer called back for that gives up altogether (``LockCache``). Only where EX delays nobody."""
+        return (
+            rec.ino in self._given_up
+            and not (rec.held or rec.queue or self._others(rec, node))
+            and all(other == node for other, _ in (rec.ops or {}).values())
+        )
 
     # -- nodes and time --------------------------------------------------------------------------------------------
 
@@ -501,6 +516,7 @@ class LockMaster:
         return True
 
     def _hold(self, rec: Record, node: int, mode: LockMode, now_ms: int) -> Hold:
+        self._given_up.discard(rec.ino)
         hold = rec.hold_of(node)
         if hold is None:
             hold = Hold(node, mode, self._next(), self._stamp(now_ms))
@@ -723,6 +739,7 @@ class LockMaster:
                     return
                 out.append(Grant(home, 0, rec.ino, _EX, self._next(), FLAGS[_UNASKED]))
         if self._records.pop(rec.ino, None) is not None:
+            self._given_up.discard(rec.ino)
             self._pinned.discard(rec.ino)  # the home says so again where its EX is called back
             self._lingering.pop(rec.ino, None)
             if home is not None:

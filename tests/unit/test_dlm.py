@@ -326,6 +326,57 @@ def test_grant_with_op_delays_nobody() -> None:
     assert dlm.grant_with_op(0, 1, 7, PR) == (NL, 0)
 
 
+def in_turn(dlm: LockMaster, keeps: LockMode = NL, *, called_back: bool = True) -> LockMode:
+    """Node 1 has written under EX and goes down to *keeps*; return what an operation of node 2 that reads is given."""
+    seq = grant(dlm.request(0, 1, 1, 7, EX)).seq
+    if called_back:
+        assert bast(dlm.op_request(1, 2, 2, 7, PR)).node == 1
+    dlm.release(2, 1, 7, seq, keeps, (0, 0))
+    if not called_back:
+        dlm.op_request(1, 2, 2, 7, PR)
+    mode, _ = dlm.grant_with_op(3, 2, 7, PR)
+    dlm.op_release(4, 2, 7)
+    return mode
+
+
+def test_who_reads_what_a_writer_gave_up_altogether_is_the_next_writer() -> None:
+    assert in_turn(master()) is EX
+    assert in_turn(master(), called_back=False) is PR, "nobody called for it"
+    assert in_turn(master(), keeps=PR) is PR
+
+
+def test_but_not_the_one_who_reads_after_that() -> None:
+    dlm = master()
+    in_turn(dlm)
+    assert bast(dlm.op_request(5, 3, 3, 7, PR)).node == 2
+    dlm.release(6, 2, 7, dlm.seq_of(2, 7), PR, (0, 0))
+    assert dlm.grant_with_op(7, 3, 7, PR)[0] is PR
+
+
+@pytest.mark.parametrize("beside", ["open", "operation", "waiter", "reader"])
+def test_nor_where_somebody_else_uses_it(beside: str) -> None:
+    dlm = master()
+    seq = grant(dlm.request(0, 1, 1, 7, EX)).seq
+    dlm.op_request(1, 2, 2, 7, PR)
+    if beside == "open":
+        dlm.opens_update(1, 3, 7, (1, 0))
+    elif beside == "operation":
+        dlm.op_request(1, 3, 3, 7, PR)
+    elif beside == "reader":
+        dlm.request(1, 3, 3, 7, PR)
+    dlm.release(2, 1, 7, seq, NL, (0, 0))
+    if beside == "waiter":
+        dlm.op_request(2, 3, 3, 7, EX)
+    assert dlm.grant_with_op(3, 2, 7, PR)[0] is (NL if beside == "waiter" else PR)
+
+
+def test_what_the_home_gave_up_is_read_only() -> None:
+    dlm = master(home=1)
+    assert bast(dlm.op_request(1, 2, 2, 7, PR)).node == 1
+    dlm.release(2, 1, 7, dlm.seq_of(1, 7), NL, (0, 0))
+    assert dlm.grant_with_op(3, 2, 7, PR)[0] is PR
+
+
 def test_operation_asked_twice() -> None:
     dlm = master()
     dlm.op_request(0, 1, 1, 7, EX)
