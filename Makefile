@@ -49,7 +49,8 @@ pr: install      ## Tests of persistent reservations on a real iSCSI target
 test-vm:         ## Tests on virtual machines that share an iSCSI disk (some minutes); KERNEL=backports: with that kernel
 	@scripts/packages vm
 	@scripts/venv dev vm
-	@kernel=$$([ "$(KERNEL)" != backports ] || scripts/backports-kernel) && \
+	@case "$(KERNEL)" in ""|backports) ;; *) echo "make test-vm: KERNEL=$(KERNEL): backports, or nothing" >&2; exit 2;; esac
+	@kernel=$$([ -z "$(KERNEL)" ] || scripts/backports-kernel) && \
 	MXFS_TEST_VM=1 MXFS_VM_KERNEL=$$kernel $(VENV)/pytest -q -rA tests/vm
 
 soak: install    ## Three nodes under load are killed, cut off and moved at random: SOAK_MINUTES=30, SOAK="--seed 7"
