@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from mxfs_proto.errors import MisuseError, MxfsError
 from mxfsd.cli.render import age, size
@@ -245,6 +245,8 @@ class _Terminal:
         self._page: Callable[[int, int], str] = lambda _width, _height: ""
         self._size = (0, 0)
         self._keys = sys.stdin.fileno() if sys.stdin is not None and sys.stdin.isatty() else -1
+        self._ended_by = 0
+        """The signal that ends it: wait() raises too, since what a handler raises is lost in a finalizer."""
 
     @contextlib.contextmanager
     def taken(self) -> Iterator["_Terminal"]:
@@ -252,11 +254,12 @@ class _Terminal:
         import termios
         import tty
 
-        def terminated(_number: int, _frame: object) -> NoReturn:
-            raise SystemExit(_EXIT_TERMINATED)
+        def ended(number: int, _frame: object) -> None:
+            self._ended_by = number
+            self._raise_if_ended()
 
         saved = termios.tcgetattr(self._keys) if self._keys >= 0 else None
-        handlers = {number: signal.signal(number, terminated) for number in (signal.SIGTERM, signal.SIGHUP)}
+        handlers = {number: signal.signal(number, ended) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         try:
             if saved is not None:
                 tty.setcbreak(self._keys)
@@ -271,6 +274,12 @@ class _Terminal:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
 
+    def _raise_if_ended(self) -> None:
+        if self._ended_by == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self._ended_by:
+            raise SystemExit(_EXIT_TERMINATED)
+
     def show(self, record: dict[str, Any], *, passing: bool = False) -> None:
         """Draw a record, in place of the one before."""
         del passing
@@ -284,9 +293,10 @@ class _Terminal:
         sys.stdout.flush()
 
     def wait(self, seconds: float) -> None:
-        """Let time pass; draw anew when the size of the terminal has changed. Raises _Quit."""
+        """Let time pass; draw anew when the size of the terminal has changed. Raises _Quit, and what signals raise."""
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
+            self._raise_if_ended()
             ready = select.select([self._keys] if self._keys >= 0 else [], [], [], min(_LOOK_S, left))[0]
             if ready:
                 typed = os.read(self._keys, 64)

@@ -476,6 +476,31 @@ def test_control_c_ends_it(terminal: Terminal) -> None:
     assert terminal.ended() == 0
 
 
+class Finalized:
+    """An object in whose finalizer a signal comes."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        self._number = number
+
+    def __del__(self) -> None:
+        signal.raise_signal(self._number)
+
+
+@pytest.mark.parametrize(
+    ("number", "ends"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit), (signal.SIGHUP, SystemExit)]
+)
+def test_a_signal_in_a_finalizer_ends_it_too(
+    number: signal.Signals, ends: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python ignores what is raised there."""
+    lost: list[type[BaseException]] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda what: lost.append(what.exc_type))
+    with pytest.raises(ends), top._Terminal().taken() as shown:
+        Finalized(number)
+        assert lost == [ends]
+        shown.wait(20)
+
+
 def test_sigterm_ends_it(terminal: Terminal) -> None:
     terminal.until(lambda seen: "operations/s" in seen)
     terminal.process.send_signal(signal.SIGTERM)
