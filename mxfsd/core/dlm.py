@@ -347,7 +347,7 @@ class LockMaster:
         writer called back for that gives up altogether (``LockCache``). Only where EX delays nobody."""
         return (
             rec.ino in self._given_up
-            and not (rec.held or rec.queue or self._others(rec, node))
+            and not (rec.queue or self._others(rec, node))
             and all(other == node for other, _ in (rec.ops or {}).values())
         )
 

@@ -353,6 +353,26 @@ def test_but_not_the_one_who_reads_after_that() -> None:
     assert dlm.grant_with_op(7, 3, 7, PR)[0] is PR
 
 
+def test_nor_what_a_writer_gave_back_by_itself() -> None:
+    dlm = LockMaster(1, TIMES, linger_ms=100)
+    dlm.op_request(0, 2, 1, 7, EX)
+    dlm.release(1, 1, 7, dlm.seq_of(1, 7), NL, (0, 0))
+    assert dlm.grant_with_op(2, 2, 7, EX)[0] is EX
+    dlm.op_release(3, 1, 7)
+    dlm.release(4, 2, 7, dlm.seq_of(2, 7), NL, (0, 0))
+    assert kinds(dlm.op_request(5, 3, 2, 7, PR)) == [OpGranted]
+    assert dlm.grant_with_op(6, 3, 7, PR)[0] is PR
+
+
+def test_nor_where_somebody_waits_to_read_too() -> None:
+    dlm = master()
+    seq = grant(dlm.request(0, 1, 1, 7, EX)).seq
+    dlm.op_request(1, 2, 2, 7, EX)
+    dlm.release(2, 1, 7, seq, NL, (0, 0))
+    dlm.op_request(3, 3, 3, 7, PR)
+    assert dlm.grant_with_op(4, 2, 7, PR)[0] is PR
+
+
 @pytest.mark.parametrize("beside", ["open", "operation", "waiter", "reader"])
 def test_nor_where_somebody_else_uses_it(beside: str) -> None:
     dlm = master()
