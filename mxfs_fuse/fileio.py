@@ -15,7 +15,7 @@ from pyfuse3 import FileHandleT, FileInfo
 
 from mxfs_fuse.channel.types import Opened
 from mxfs_fuse.locks import PAGE
-from mxfs_fuse.nodes import Handle, Node
+from mxfs_fuse.nodes import Descriptor, Handle, Node
 from mxfs_fuse.passthrough import Passthrough, PassthroughFile
 from mxfs_fuse.state import State
 from mxfs_fuse.writes import ShippedWrites
@@ -391,17 +391,17 @@ class FileIO:
 
     async def flush(self, fh: FileHandleT) -> None:
         """A descriptor is closed: everything written through this node has reached the home, or the error is told."""
-        self._check_lower(self.handles[fh])
-        node = self.handles[fh].node
-        await self.writes.settle(node)
-        self.writes.raise_error(node)
+        handle = self.handles[fh]
+        self._check_lower(handle)
+        await self.writes.settle(handle.node)
+        handle.raise_error("close")
 
     async def fsync(self, handle: Handle) -> None:
         """Make durable what was written through this node."""
         if handle.passthrough is not None and handle.writable:
             await self.passthrough.pass_gate(handle.passthrough)
             self._check_lower(handle)
-        await self.fsync_node(handle.node)
+        await self.fsync_object(handle)
 
     @staticmethod
     def _check_lower(handle: Handle) -> None:
@@ -411,14 +411,14 @@ class FileIO:
         if file is not None and file.stale and handle.writable:
             raise OSError(errno.EIO, "the lower mount has ended")
 
-    async def fsync_node(self, node: Node) -> None:
+    async def fsync_object(self, opened: Descriptor) -> None:
         """Make an object durable: on the home by fsync of the lower one, elsewhere by the home."""
-        state = self.state
+        state, node = self.state, opened.node
         if state.gate is not None:
             await state.pass_gate()
         if state.lower is None:
             await self.writes.fsync(node)
-            return
-        await self.writes.commit(node)
-        await state.sync_local(node)
-        self.writes.raise_error(node)
+        else:
+            await self.writes.commit(node)
+            await state.sync_local(node)
+        opened.raise_error("fsync")

@@ -358,7 +358,7 @@ class FileLocks:
         self.mine.drop(ino, _HERE)
         node = self._state.nodes.get(ino)
         if node is not None:
-            node.behind_error = errno.EIO
+            node.lose(errno.EIO)
 
     # -- a change of home ------------------------------------------------------------------------------------------
 

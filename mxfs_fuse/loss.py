@@ -77,7 +77,7 @@ class LowerEnd:
         if not word:
             lost += len(pinned)
             for node in pinned:
-                node.behind_error = errno.EIO
+                node.lose(errno.EIO)
         if lost:
             log.error("the lower mount ended without a flush: unsynced changes are lost", inodes=lost)
 

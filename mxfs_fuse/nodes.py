@@ -1,9 +1,10 @@
 """What the FUSE layer remembers of an inode that the kernel knows, and of an open descriptor."""
 
 import asyncio
+import os
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
 
 from mxfs_proto.modes import LockMode
 from mxfs_proto.ops import Attr, Fid, pack_attr, unpack_attr
@@ -18,6 +19,7 @@ Span: TypeAlias = tuple[int, int]
 """Offset and end, in bytes."""
 Waiting: TypeAlias = tuple[int, int, asyncio.Future[None]]
 """Offset, end, future of its end."""
+Call: TypeAlias = Literal["write", "fsync", "close"]
 
 _NO_SPANS: Mapping[int, Span] = MappingProxyType({})
 _NO_WRITES: Mapping[int, Waiting] = MappingProxyType({})
@@ -96,7 +98,11 @@ class Node:
     behind = 0
     """WRITEs answered to the application that the home has not confirmed yet (only under EX)."""
     behind_error = 0
-    """errno of one that failed, for the next write, fsync or close."""
+    """errno of the last change that was answered and came to nothing: see ``Descriptor``,"""
+    errors = 0
+    """how many there were,"""
+    errors_told = 0
+    """and of how many somebody has been told."""
     end = 0
     """Size of the file in bytes, where ``end_seq`` is the sequence of the EX lock that is held."""
     end_seq = -1
@@ -255,6 +261,11 @@ class Node:
             if self.no_capability_seq == old:
                 self.no_capability_seq = new
 
+    def lose(self, code: int) -> None:
+        """Something that was answered came to nothing, for the reason *code* (errno)."""
+        self.behind_error = code
+        self.errors += 1
+
     def forget_cached(self) -> None:
         """Drop what was read under a lock that is no longer held."""
         self.attr = None
@@ -265,13 +276,41 @@ class Node:
             self.no_capability_seq = -1
 
 
-class Handle:
+class Descriptor:
+    """An open file or directory, which is told what was answered and came to nothing, as errseq_t is in the kernel.
+
+    Each kind of call is told once, and fsync for all. No other would do for all: of what a WRITE is told in the middle
+    of a write(2) the program hears nothing but how much was written before, and a process that exits closes what others
+    go on using.
+    """
+
+    __slots__ = ("_before", "_told", "node")
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+        self._before = node.errors_told
+        self._told: dict[Call, int] | None = None
+
+    def raise_error(self, call: Call) -> None:
+        """Raise OSError where such a call has not been told yet."""
+        node = self.node
+        told = self._before if self._told is None else self._told.get(call, self._before)
+        if told < node.errors:
+            if call == "fsync":
+                self._before, self._told = node.errors, None
+            else:
+                self._told = {**(self._told or {}), call: node.errors}
+            node.errors_told = node.errors
+            raise OSError(node.behind_error, os.strerror(node.behind_error))
+
+
+class Handle(Descriptor):
     """An open regular file."""
 
-    __slots__ = ("append", "direct", "fd", "flags", "free", "ino", "node", "passthrough", "privileged", "writable")
+    __slots__ = ("append", "direct", "fd", "flags", "free", "ino", "passthrough", "privileged", "writable")
 
     def __init__(self, node: Node, flags: int, writable: bool, append: bool, direct: bool, *, privileged: bool) -> None:
-        self.node = node
+        super().__init__(node)
         self.ino = node.fid.ino
         self.flags = flags
         self.writable = writable
@@ -287,13 +326,13 @@ class Handle:
         """Descriptor of the lower file, on the home; -1: not opened yet, or not the home."""
 
 
-class DirHandle:
+class DirHandle(Descriptor):
     """An open directory: the listing that its current pass goes through."""
 
-    __slots__ = ("attr", "entries", "losses", "node")
+    __slots__ = ("attr", "entries", "losses")
 
     def __init__(self, node: Node, attr: Attr) -> None:
-        self.node = node
+        super().__init__(node)
         self.attr = attr
         """Its attributes when it was opened: what is left to say of it once another node removed it."""
         self.entries: Sequence[tuple[bytes, Attr | None]] | None = None

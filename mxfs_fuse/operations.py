@@ -840,7 +840,7 @@ class Operations(pyfuse3.Operations):
 
     @_errno_boundary
     async def fsyncdir(self, fh: FileHandleT, datasync: bool) -> None:
-        await self.io.fsync_node(self._dirs[fh].node)
+        await self.io.fsync_object(self._dirs[fh])
 
     # -- regular files: see fileio.py ------------------------------------------------------------------------------
 

@@ -320,7 +320,7 @@ class State:
         for ino in lost:
             node = self.nodes.get(ino)
             if node is not None:
-                node.behind_error = errno.EIO
+                node.lose(errno.EIO)
         return len(lost)
 
     async def sync_local(self, node: Node) -> None:

@@ -91,7 +91,7 @@ class ShippedWrites:
         state = self.state
         flags = 0 if handle.privileged else int(WriteFlag.KILL_PRIV)
         while True:
-            self.raise_error(node)
+            handle.raise_error("write")
             if self.kept.total >= _FULL_BYTES:
                 await self._wait_for_room()
                 continue
@@ -233,28 +233,21 @@ class ShippedWrites:
         if behind:
             self._behind_bytes -= size
             if code:
-                node.behind_error = code
+                node.lose(code)
         if node.batch and node.behind == len(node.batch):
             asyncio.get_running_loop().call_later(_GATHER_S, self._send_gathered, node)
         self._look_after()
 
     # -- errors ----------------------------------------------------------------------------------------------------
 
-    @staticmethod
-    def raise_error(node: Node) -> None:
-        """Tell of a WRITE that was answered and came to nothing, once."""
-        if node.behind_error:
-            code, node.behind_error = node.behind_error, 0
-            raise OSError(code, os.strerror(code))
-
     def _note_error(self, fid: Fid, code: int) -> None:
-        """Data that was answered is lost: the next write, fsync or close of the file says so."""
+        """Data that was answered is lost: the next write, fsync and close of the file say so."""
         if code == errno.ESTALE:
             return  # the file is gone, nobody can ask for it
         log.error("data of a file is lost", ino=fid.ino, error=errno.errorcode.get(code, str(code)))
         node = self.state.nodes.get(fid.ino)
         if node is not None and node.fid == fid:
-            node.behind_error = code
+            node.lose(code)
             node.end_seq = -1
 
     def _lose(self, fid: Fid, code: int) -> None:
@@ -309,10 +302,9 @@ class ShippedWrites:
                 self.kept.committed(fid, ticket)
 
     async def fsync(self, node: Node) -> None:
-        """fsync(2) of an application. Raises OSError, also for what was lost before."""
+        """fsync(2) of an application. Raises OSError."""
         await self.settle(node)
         await self._fsync(node.fid)
-        self.raise_error(node)
 
     async def before_change(self, node: Node) -> None:
         """This node changes attributes: a replay would bring back data cut off, times, and take set-id bits away."""

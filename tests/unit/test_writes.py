@@ -161,7 +161,7 @@ async def test_a_home_that_dies_during_the_replay(rig: Rig) -> None:
     await rig.until(lambda: rig.home.queue)
     rig.home.execute()
     rig.crash()
-    fsync = rig.start(rig.io.fsync_node(rig.node))
+    fsync = rig.start(rig.io.fsync(rig.io.handles[FH]))
     await rig.run()
     await fsync
     assert bytes(rig.home.disk) == b"data" * 10_000
@@ -208,8 +208,8 @@ async def test_what_cannot_be_written_again(rig: Rig, code: int, told: int) -> N
     rig.home.error = {}
     if told:
         with pytest.raises(OSError, check=lambda exc: exc.errno == told):
-            await rig.do(rig.io.fsync_node(rig.node))
-    await rig.do(rig.io.fsync_node(rig.node))
+            await rig.do(rig.io.fsync(rig.io.handles[FH]))
+    await rig.do(rig.io.fsync(rig.io.handles[FH]))
 
 
 async def test_becoming_the_home(rig: Rig, tmp_path: Path) -> None:
@@ -244,7 +244,7 @@ async def test_becoming_the_home(rig: Rig, tmp_path: Path) -> None:
 
 async def test_fsync_covers_what_was_confirmed_before(rig: Rig) -> None:
     await rig.write(0, b"A" * 20_000)
-    await rig.do(rig.io.fsync_node(rig.node))
+    await rig.do(rig.io.fsync(rig.io.handles[FH]))
     assert rig.home.names == ["WRITE", "FSYNC"]
     assert not rig.writes.dirty(rig.node)
     assert rig.state.unstable.total == 0
@@ -256,7 +256,7 @@ async def test_fsync_covers_what_was_confirmed_before(rig: Rig) -> None:
 async def test_a_write_during_fsync_is_kept(rig: Rig) -> None:
     await rig.write(0, b"A" * 20_000)
     await rig.run()
-    fsync = rig.start(rig.io.fsync_node(rig.node))
+    fsync = rig.start(rig.io.fsync(rig.io.handles[FH]))
     await rig.until(lambda: rig.home.queue)
     rig.home.execute()
     await rig.io.write(FH, 0, b"B" * 20_000)
@@ -355,6 +355,65 @@ async def test_a_failed_commit_is_told_once(rig: Rig) -> None:
     with pytest.raises(OSError, check=lambda exc: exc.errno == errno.EIO):
         await rig.do(rig.io.flush(FH))
     await rig.do(rig.io.flush(FH))
+
+
+def is_full(error: OSError) -> bool:
+    return error.errno == errno.ENOSPC
+
+
+async def fails_behind(rig: Rig) -> None:
+    """A WRITE is answered, and then the home has no room for it."""
+    rig.home.error = {Op.WRITE: errno.ENOSPC}
+    assert await rig.write(0, b"A" * 20_000) == 20_000
+    await rig.run()
+    rig.home.error = {}
+
+
+async def test_what_a_write_is_told_the_fsync_is_told_too(rig: Rig) -> None:
+    """The kernel sends a large write(2) in parts. Where the second one fails it says how long the first one was, and
+    nothing of the error; then the program writes the rest."""
+    await fails_behind(rig)
+    with pytest.raises(OSError, check=is_full):
+        await rig.write(20_000, b"B" * 100)
+    assert await rig.write(20_000, b"B" * 100) == 100
+    await rig.run()
+    with pytest.raises(OSError, check=is_full):
+        await rig.do(rig.io.flush(FH))
+    with pytest.raises(OSError, check=is_full):
+        await rig.do(rig.io.fsync(rig.io.handles[FH]))
+    await rig.do(rig.io.fsync(rig.io.handles[FH]))
+    await rig.do(rig.io.flush(FH))
+
+
+async def test_after_an_fsync_that_was_told_nobody_is_told_again(rig: Rig) -> None:
+    await fails_behind(rig)
+    with pytest.raises(OSError, check=is_full):
+        await rig.do(rig.io.fsync(rig.io.handles[FH]))
+    assert await rig.write(0, b"C") == 1
+    await rig.do(rig.io.flush(FH))
+
+
+async def test_a_close_of_a_copy_takes_nothing_from_those_who_go_on(rig: Rig) -> None:
+    await fails_behind(rig)
+    with pytest.raises(OSError, check=is_full):
+        await rig.do(rig.io.flush(FH))  # a child that exits
+    with pytest.raises(OSError, check=is_full):
+        await rig.do(rig.io.fsync(rig.io.handles[FH]))
+
+
+async def test_each_descriptor_is_told(rig: Rig) -> None:
+    """And one that is opened later, where nobody had been told before that."""
+    other = rig.io.handles[FH + 1] = rig.handle(os.O_RDWR)
+    await fails_behind(rig)
+    late = rig.io.handles[FH + 2] = rig.handle(os.O_RDWR)
+    for handle in (rig.io.handles[FH], other, late):
+        with pytest.raises(OSError, check=is_full):
+            await rig.do(rig.io.fsync(handle))
+    await rig.do(rig.io.fsync(rig.handle(os.O_RDWR)))
+    await fails_behind(rig)
+    for handle in (rig.io.handles[FH], other, late):
+        with pytest.raises(OSError, check=is_full):
+            await rig.do(rig.io.fsync(handle))
 
 
 async def test_old_data_is_committed_in_the_background(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -567,7 +626,7 @@ async def _any_order(steps: list[tuple[str, int, int]]) -> None:
                 await rig.write(0, data, fh=2)
                 put(expected, len(expected), data)
             elif name == "fsync":
-                await rig.do(rig.io.fsync_node(rig.node))
+                await rig.do(rig.io.fsync(rig.io.handles[FH]))
                 assert bytes(rig.home.disk) == bytes(expected)
             elif name == "truncate":
                 await rig.truncate(number)
