@@ -311,8 +311,8 @@ class State:
         self.on_lower_down()
 
     def lower_ended(self, kept_all: bool) -> int:
-        """The lower mount is gone. Where not everything was *kept*, the next fsync or close of what was changed here
-        says so. Returns the number of inodes with changes that are lost."""
+        """The lower mount is gone. Where not everything was *kept*, the next fsync and close of what was changed here
+        say so. Returns the number of inodes with changes that are lost."""
         lost, self._dirty = self._dirty, set()
         self.kept_all = kept_all
         if kept_all:

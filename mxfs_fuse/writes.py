@@ -7,8 +7,8 @@ replay must not undo what was done later, so data is kept only while nobody else
 * Only what is written under PW or EX is kept. Everything else is a STABLE WRITE: durable before it is answered.
 * What is kept is committed before the lock goes, and before this node changes attributes or writes a STABLE one.
 * To the next home a file with kept data is claimed in EX, so nobody sees it before this node has written it again.
-  A claim that is denied means that the file was given to somebody else: the data is lost, and the next write, fsync or
-  close says EIO.
+  A claim that is denied means that the file was given to somebody else: the data is lost, and the next write, fsync and
+  close say EIO.
 """
 
 import asyncio
@@ -283,7 +283,7 @@ class ShippedWrites:
             await asyncio.wait(self._flying[node.fid].values())
 
     async def commit(self, node: Node) -> None:
-        """Make everything written to it durable. What fails is told at the next write, fsync or close."""
+        """Make everything written to it durable. What fails is told at the next write, fsync and close."""
         while self.dirty(node):
             await self.settle(node)
             try:
